@@ -1,0 +1,221 @@
+"""Checkpoints that are whole or not there: sharded, checksummed, committed by a manifest written last, reshardable.
+
+    checkpoints/step_120/shards-3f9c…/__0_0.distcp …   every rank's part, in a folder that only this attempt writes
+    checkpoints/step_120/manifest.json                 written last: no manifest, no checkpoint
+
+`torch.distributed.checkpoint` writes and reshards; the names are those of the bare model, so that a checkpoint fits
+whatever wrapped the model when it was saved. Renaming a directory is no commit on a shared file system, where another
+node may see the rename before the data; here each rank syncs its files before the barrier, and rank 0 writes the
+manifest after it. DCP's `.metadata` is a pickle: only files whose checksums stand in the manifest are loaded.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
+
+from common.ranks import Ranks, fail
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save, and how much to keep."""
+
+    every: int = 0
+    """Steps between two checkpoints; 0 saves only at the end, or when the run is told to stop."""
+    keep: int = 2
+    """How many committed checkpoints stay."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.keep < 1:
+            raise ValueError(f"checkpoint.every = {self.every} must be 0 or more, and checkpoint.keep = {self.keep} at least 1")
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _checksum(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def all_gather(value: Any) -> list[Any]:
+    """Every rank's picklable value, on all ranks, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _fail_together(problem: str | None) -> None:
+    """End all ranks if any has a problem, with the first one's words: no rank is left waiting for another."""
+    if problems := [p for p in all_gather(problem) if p]:
+        fail(problems[0])
+
+
+def _state(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    if optimizer is None:
+        return {"model": get_model_state_dict(model)}
+    weights, moments = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": moments}
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    ranks: Ranks,
+    extra: dict[str, Any] | None = None,
+    keep: int = 2,
+) -> Path:
+    """Save the state after `step` steps into `folder`/step_N. All ranks must call it.
+
+    Args:
+        model, optimizer: plain, or wrapped by DDP, FSDP or torch.compile.
+        extra: small JSON values that travel along (a gradient scaler's state, say).
+        keep: older committed checkpoints beyond this many are removed, after the new one is committed.
+
+    Raises:
+        SystemExit: (exit code 2, on all ranks) the files could not be written; earlier checkpoints are untouched.
+    """
+    target = folder / f"step_{step}"
+    shards = target / str(ranks.broadcast(f"shards-{uuid.uuid4().hex[:12]}"))
+    state, problem, files = _state(model, optimizer), None, {}
+    try:
+        shards.mkdir(parents=True, exist_ok=True)
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(shards, sync_files=True))
+        mine = [f"__{ranks.rank}_*.distcp"] + ([".metadata"] if ranks.is_main else [])
+        files = {path.name: _checksum(path) for pattern in mine for path in sorted(shards.glob(pattern))}
+        _sync_folder(shards)
+    except (OSError, dcp.CheckpointException) as error:
+        problem = f"checkpoint {target} could not be written: {error}; earlier checkpoints are untouched"
+    _fail_together(problem)
+    everything = {name: entry for part in all_gather(files) for name, entry in part.items()}
+    if ranks.is_main:
+        manifest = {
+            "step": step,
+            "world_size": ranks.world_size,
+            "optimizer": type(optimizer).__name__ if optimizer else None,
+            "parameters": {name: list(value.shape) for name, value in state["model"].items()},
+            "extra": extra or {},
+            "shards": shards.name,
+            "files": everything,
+        }
+        try:
+            temporary = target / f"manifest-{shards.name}.tmp"
+            with open(temporary, "w") as file:
+                json.dump(manifest, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target / "manifest.json")
+            _sync_folder(target)
+            _remove_old(folder, target, keep)
+        except OSError as error:
+            problem = f"checkpoint {target} could not be committed: {error}; earlier checkpoints are untouched"
+    _fail_together(problem)
+    return target
+
+
+def _step_of(checkpoint: Path) -> int:
+    number = checkpoint.name.removeprefix("step_")
+    return int(number) if number.isdigit() else -1
+
+
+def _remove_old(folder: Path, newest: Path, keep: int) -> None:
+    committed = sorted((m.parent for m in folder.glob("step_*/manifest.json")), key=_step_of)
+    torn = [p for p in folder.glob("step_*") if p not in committed and _step_of(p) < _step_of(newest)]
+    for old in committed[:-keep] + torn:
+        (old / "manifest.json").unlink(missing_ok=True)  # first of all: half-removed is not committed
+        shutil.rmtree(old, ignore_errors=True)
+    current = json.loads((newest / "manifest.json").read_text())["shards"]
+    for leftover in newest.glob("shards-*"):  # of an attempt at the same step that died before its commit
+        if leftover.name != current:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def latest(folder: Path) -> Path | None:
+    """The committed checkpoint with the highest step in `folder`, or None. Call it on rank 0 and broadcast."""
+    return max((manifest.parent for manifest in folder.glob("step_*/manifest.json")), key=_step_of, default=None)
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Read and check a checkpoint's manifest: that it is ours, and that its files are there in their full size.
+
+    Raises:
+        ValueError: with one line on what is wrong.
+    """
+    path = checkpoint / "manifest.json"
+    if not path.is_file():
+        raise ValueError(f"{checkpoint} holds no manifest.json: not a checkpoint of this project, or one never finished")
+    try:
+        manifest = json.loads(path.read_text())
+        for name, entry in manifest["files"].items():
+            file = checkpoint / manifest["shards"] / name
+            found = file.stat().st_size if file.is_file() else None
+            if found != entry["bytes"]:
+                state = "is missing" if found is None else f"is truncated or changed: {found} bytes"
+                raise ValueError(f"{file} {state}, the manifest says {entry['bytes']}; use another checkpoint")
+        assert {"step", "parameters", "optimizer", "extra"} <= manifest.keys()
+    except (KeyError, TypeError, AttributeError, AssertionError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a manifest that this project wrote ({type(error).__name__}: {error})") from None
+    return manifest
+
+
+def load(
+    checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, ranks: Ranks
+) -> dict[str, Any]:
+    """Load a checkpoint into a model (and its optimizer), whatever world size saved it. All ranks must call it.
+
+    Returns:
+        The manifest: `step` is the number of steps done, `extra` what was given to `save`.
+
+    Raises:
+        SystemExit: (exit code 2, on all ranks) truncated, changed, foreign, or of another model or optimizer.
+    """
+    manifest, problem = None, None
+    if ranks.is_main:
+        try:
+            manifest = read_manifest(checkpoint)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    _fail_together(problem)
+    manifest = ranks.broadcast(manifest)
+    assert isinstance(manifest, dict)
+    shards = checkpoint / manifest["shards"]
+    names = sorted(manifest["files"])[ranks.rank :: ranks.world_size]  # each rank checks its share of the files
+    try:
+        bad = [name for name in names if _checksum(shards / name) != manifest["files"][name]]
+        problem = f"{shards / bad[0]} does not have the checksum of its manifest; use another checkpoint" if bad else None
+    except OSError as error:
+        problem = f"checkpoint {checkpoint} cannot be read on rank {ranks.rank}: {error}; is it on a shared file system?"
+    _fail_together(problem)
+
+    state = _state(model, optimizer)
+    ours = {name: list(value.shape) for name, value in state["model"].items()}
+    for name in sorted(ours.keys() | manifest["parameters"].keys()):
+        mine, theirs = ours.get(name, "none"), manifest["parameters"].get(name, "none")
+        if mine != theirs:
+            fail(f"{checkpoint} is of another model: {name} has shape {theirs} there, {mine} here; check the model settings")
+    kind = type(optimizer).__name__ if optimizer else None
+    if optimizer and kind != manifest["optimizer"]:
+        fail(f"{checkpoint} holds the state of {manifest['optimizer']}, this run uses {kind}; set optimizer.name to match")
+    dcp.load(state, storage_reader=dcp.FileSystemReader(shards))
+    if optimizer is None:
+        set_model_state_dict(model, state["model"])
+    else:
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return manifest

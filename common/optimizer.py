@@ -1,0 +1,75 @@
+"""The optimizer and the learning rate: plain torch, the same in every script."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW or SGD, with linear warm-up and cosine decay."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """adamw, or sgd with momentum betas[0]."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's two averages."""
+    weight_decay: float = 0.1
+    """Applied to matrices only; norms and biases are left alone."""
+    warmup_steps: int = 10
+    """Steps over which the learning rate rises linearly to its peak."""
+    min_lr_ratio: float = 0.1
+    """The learning rate at the end, as a fraction of the peak."""
+    clip: float = 1.0
+    """Largest global gradient norm."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.clip <= 0:
+            raise ValueError(f"optimizer.lr = {self.lr} and optimizer.clip = {self.clip} must both be above 0")
+        if not (0 <= self.betas[0] < 1 and 0 <= self.betas[1] < 1):
+            raise ValueError(f"optimizer.betas = {self.betas} must lie between 0 and 1 (1 excluded)")
+        if self.warmup_steps < 0 or self.weight_decay < 0 or not 0 <= self.min_lr_ratio <= 1:
+            raise ValueError(
+                f"optimizer.warmup_steps = {self.warmup_steps} and optimizer.weight_decay = {self.weight_decay} must "
+                f"be 0 or more, and optimizer.min_lr_ratio = {self.min_lr_ratio} between 0 and 1"
+            )
+
+
+def build_optimizer(
+    parameters: Iterable[torch.nn.Parameter], config: OptimizerConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """Build the optimizer; vectors (norms, biases) get no weight decay, as in the GPT-3 and Llama recipes.
+
+    Where the device has a fused kernel (CUDA and CPU), one kernel updates all parameters.
+    """
+    trainable = [p for p in parameters if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = device.type in ("cuda", "cpu")
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.betas[0], fused=fused)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+
+
+def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
+    """The learning rate of step 0 … steps − 1: linear warm-up, then half a cosine down to `min_lr_ratio` of the peak.
+
+    A pure function of the step, so that there is no scheduler state to save (cosine: arXiv 1608.03983).
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Give all parameter groups one learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = value

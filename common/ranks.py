@@ -1,0 +1,313 @@
+"""Who am I, and which device is mine? Joining and leaving the process group under every launcher.
+
+`torchrun`, `srun` with one task a device, `mpirun` (Open MPI), `mpiexec` (MPICH, Intel MPI: PMI) and plain
+`python` all tell a process its rank, each through variables of its own. `read_environment` understands them,
+and refuses an environment that is only half set. `join` starts the process group; `Ranks.leave` ends it.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from common import network
+
+
+def fail(message: str) -> NoReturn:
+    """End this rank because of a mistake that the user can mend: one line on stderr, exit code 2, no traceback.
+
+    Every rank that finds the mistake prints it, because a launcher stops the others as soon as the first has
+    ended. Under torchrun the line also becomes the root cause in torchrun's own report.
+    """
+    message = " ".join(message.split())
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("OMPI_COMM_WORLD_RANK")
+    print(f"[rank {rank}] error: {message}" if rank else f"error: {message}", file=sys.stderr, flush=True)
+    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError), open(error_file, "w") as file:
+            json.dump({"message": {"message": message, "extraInfo": extra}}, file)
+    raise SystemExit(2)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the launcher says of this process: its rank, out of how many, and on this node likewise."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    launcher: str
+    master_addr: str = ""
+    master_port: int = 0
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others, and its device. Made by `join` or `single_process`."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    launcher: str
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, which prints and writes for all."""
+        return self.rank == 0
+
+    @property
+    def device_ids(self) -> list[int] | None:
+        """What DistributedDataParallel wants as `device_ids`: one GPU, or None on the CPU."""
+        return [self.device.index] if self.device.type == "cuda" else None
+
+    def print(self, message: str) -> None:
+        """Print a line that says which rank it comes from."""
+        print(f"[rank {self.rank}] {message}", flush=True)
+
+    def barrier(self) -> None:
+        """Wait for all ranks; nothing to wait for without a process group."""
+        if dist.is_initialized():
+            dist.barrier(device_ids=self.device_ids)
+
+    def broadcast(self, value: object) -> object:
+        """Give every rank the picklable `value` of rank 0."""
+        values = [value]
+        if dist.is_initialized():
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def leave(self) -> None:
+        """Wait for all ranks, then destroy the process group.
+
+        Without the barrier a rank may take its sockets away while another still uses them, and a finished
+        job ends in an abort now and then.
+        """
+        if dist.is_initialized():
+            self.barrier()
+            dist.destroy_process_group()
+
+
+def _require(environment: Mapping[str, str], names: list[str], launcher: str) -> list[str]:
+    missing = [name for name in names if not environment.get(name)]
+    if missing:
+        have = ", ".join(f"{n}={environment[n]}" for n in names if environment.get(n))
+        fail(
+            f"half-set {launcher} environment: found {have}, missing {', '.join(missing)}; start with torchrun, srun "
+            f"or mpirun, or unset these variables to run one process"
+        )
+    return [environment[name] for name in names]
+
+
+def _integers(environment: Mapping[str, str], names: list[str], launcher: str) -> list[int]:
+    values = _require(environment, names, launcher)
+    for name, value in zip(names, values, strict=True):
+        if not value.isdigit():
+            fail(f"{name}={value!r} in the environment is not a whole number; the launcher ({launcher}) should set it")
+    return [int(value) for value in values]
+
+
+def _port(key: str) -> int:
+    """A port that all ranks of one job compute alike and two jobs on one node hardly ever share."""
+    return 20000 + zlib.crc32(key.encode()) % 12000  # below 32768, where Linux starts to hand out its own
+
+
+def _first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list such as `gpu[03-05,9],login1`."""
+    if scontrol := shutil.which("scontrol"):
+        hosts = subprocess.run([scontrol, "show", "hostnames", nodelist], capture_output=True, text=True, timeout=30)
+        if hosts.returncode == 0 and hosts.stdout.strip():
+            return hosts.stdout.split()[0]
+    prefix, bracket, rest = nodelist.partition("[")
+    if not bracket:
+        return nodelist.split(",")[0]
+    if "," in prefix:
+        return prefix.split(",")[0]
+    return prefix + rest.split("]")[0].split(",")[0].split("-")[0]
+
+
+def read_environment(environment: Mapping[str, str] | None = None) -> Place:
+    """Find out from the launcher's variables who this process is.
+
+    Looked for in this order: torchrun (RANK …), an `srun` step (SLURM_STEP_NUM_TASKS …), Open MPI, PMI (MPICH and
+    Intel MPI), and nothing at all, which is one process. Slurm is read from the *step*: inside `salloc` or an sbatch
+    file, plain `python` is one process although the job has many tasks.
+
+    Raises:
+        SystemExit: (exit code 2) the environment is half set or contradicts itself.
+    """
+    env = os.environ if environment is None else environment
+    address, port = env.get("MASTER_ADDR", ""), env.get("MASTER_PORT", "")
+    if port and not port.isdigit():
+        fail(f"MASTER_PORT={port!r} is not a port number")
+    in_step = env.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "SLURM_PROCID" in env
+
+    if "RANK" in env or "LOCAL_RANK" in env or ("WORLD_SIZE" in env and not in_step):
+        names = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
+        rank, size, local_rank = _integers(env, names, "torchrun")
+        _require(env, [*names, "MASTER_ADDR", "MASTER_PORT"], "torchrun")
+        place = Place(rank, size, local_rank, int(env.get("LOCAL_WORLD_SIZE", size)), "torchrun", address, int(port))
+    elif in_step:
+        names = ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"]
+        rank, size, local_rank = _integers(env, names, "srun")
+        nodelist, job = _require(env, ["SLURM_STEP_NODELIST", "SLURM_JOB_ID"], "srun")
+        per_node = env.get("SLURM_STEP_TASKS_PER_NODE", str(size))  # such as 2(x3) or 2,1
+        local_size = int(per_node.split(",")[0].split("(")[0])
+        address = address or ("localhost" if local_size == size else _first_host(nodelist))
+        port = port or str(_port(f"{job}.{env.get('SLURM_STEP_ID', '0')}"))
+        if int(env.get("WORLD_SIZE", size)) != size:
+            fail(f"WORLD_SIZE={env['WORLD_SIZE']} but this srun step has {size} tasks; do not export WORLD_SIZE")
+        place = Place(rank, size, local_rank, local_size, "srun", address, int(port))
+    elif "OMPI_COMM_WORLD_RANK" in env or "OMPI_COMM_WORLD_SIZE" in env:
+        names = [f"OMPI_COMM_WORLD_{what}" for what in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
+        job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or str(os.getppid())
+        place = _mpi_place("mpirun", env, names, address, port, job)
+    elif "PMI_RANK" in env or "PMI_SIZE" in env:
+        names = ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"]
+        place = _mpi_place("mpiexec", env, names, address, port, str(os.getppid()))
+    else:
+        return Place(0, 1, 0, 1, "python")
+
+    if not (place.rank < place.world_size and place.local_rank < place.local_world_size <= place.world_size):
+        fail(
+            f"the {place.launcher} environment contradicts itself: rank {place.rank} of {place.world_size}, "
+            f"local rank {place.local_rank} of {place.local_world_size}; each rank must be below its size"
+        )
+    return place
+
+
+def _mpi_place(launcher: str, env: Mapping[str, str], names: list[str], address: str, port: str, job: str) -> Place:
+    rank, size, local_rank, local_size = _integers(env, names, launcher)
+    if local_size != size and not (address and port):
+        fail(
+            f"{launcher} started ranks on several nodes, and MPI does not tell them where rank 0 listens: found "
+            f"MASTER_ADDR={address!r} and MASTER_PORT={port!r}; export both to all ranks (mpirun -x MASTER_ADDR …)"
+        )
+    return Place(rank, size, local_rank, local_size, launcher, address or "localhost", int(port or _port(job)))
+
+
+def choose_device(wanted: str, place: Place) -> torch.device:
+    """Choose this rank's device: `cuda:local_rank`, or `cuda:0` where the launcher shows each task one GPU, or the CPU.
+
+    Args:
+        wanted: "auto", "cpu" or "cuda". Under "auto" the variable DEVICE, set by a cluster profile, decides first;
+            otherwise CUDA where there is any.
+
+    Raises:
+        SystemExit: (exit code 2) there is no GPU for this rank, or GPUs were allocated that CUDA cannot use. A silent
+            fall-back to the CPU would hide the fault.
+    """
+    if wanted == "auto":
+        wanted = os.environ.get("DEVICE") or "auto"
+    if wanted not in ("auto", "cpu", "cuda"):
+        fail(f"device {wanted!r} is none of auto, cpu, cuda")
+    if wanted == "cpu":
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus == 0:
+        allocated = {n: os.environ[n] for n in ("SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES") if os.environ.get(n)}
+        if allocated:
+            shown = " ".join(f"{name}={value}" for name, value in allocated.items())
+            fail(f"GPUs are allocated ({shown}) but CUDA finds none; check the driver with nvidia-smi, or set DEVICE=cpu")
+        if wanted == "cuda":
+            fail("device=cuda was asked for but CUDA finds no GPU; check nvidia-smi, or use --device cpu")
+        return torch.device("cpu")
+    if place.local_rank < gpus:
+        index = place.local_rank
+    elif gpus == 1 and place.launcher != "torchrun":
+        index = 0  # --gpus-per-task and its like: every task sees its own GPU as number 0
+    else:
+        fail(
+            f"local rank {place.local_rank} has no GPU: {place.local_world_size} processes but {gpus} visible GPU(s) on "
+            f"this node; start one process per GPU, or use --device cpu"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def single_process(device: str = "auto") -> Ranks:
+    """The only rank of a script that is not distributed; no process group.
+
+    Raises:
+        SystemExit: (exit code 2) a launcher started several processes: each would train the same model in vain.
+    """
+    place = read_environment()
+    if place.world_size > 1:
+        fail(
+            f"{sys.argv[0]} is a script for one process, but {place.launcher} started {place.world_size}; start it with "
+            f"plain python, or use ddp/train.py"
+        )
+    return Ranks(0, 1, 0, 1, place.launcher, choose_device(device, place))
+
+
+def join(device: str = "auto", timeout_s: float = 600.0, network_profile: str = "default") -> Ranks:
+    """Join the process group with all other ranks: NCCL for tensors on GPUs, Gloo for tensors on the CPU.
+
+    Args:
+        device: "auto", "cpu" or "cuda"; see `choose_device`.
+        timeout_s: seconds after which a collective that a rank did not enter becomes an error.
+        network_profile: which variables `common.network` sets, unless the user did, before the group exists.
+
+    Raises:
+        SystemExit: (exit code 2) half-set environment, no device, port in use, a rank that never came.
+    """
+    place = read_environment()
+    try:
+        network.apply(network_profile)
+    except ValueError as error:
+        fail(str(error))
+    chosen = choose_device(device, place)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    device_id = chosen if chosen.type == "cuda" else None
+    try:
+        if place.launcher == "python":  # one process needs neither port nor host
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id
+            )
+        else:
+            os.environ.update(
+                RANK=str(place.rank),
+                WORLD_SIZE=str(place.world_size),
+                LOCAL_RANK=str(place.local_rank),
+                MASTER_ADDR=place.master_addr,
+                MASTER_PORT=str(place.master_port),
+            )
+            dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    except (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError) as error:
+        where = f"{place.master_addr}:{place.master_port}"
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            fail(f"port {where} is in use by another program; set MASTER_PORT to a free one for all ranks")
+        fail(
+            f"rank {place.rank} of {place.world_size} could not join the others at {where} within {timeout_s:g} s: "
+            f"{str(error).splitlines()[0]}; check that all ranks were started and that this host and port are reachable"
+        )
+    return Ranks(place.rank, place.world_size, place.local_rank, place.local_world_size, place.launcher, chosen)
+
+
+@contextlib.contextmanager
+def rank0_first(ranks: Ranks, per_node: bool = False) -> Iterator[None]:
+    """Let rank 0 run the block before all others, so that it alone downloads or builds what the others then find.
+
+    Args:
+        per_node: let the first rank of every node go first, for files on a node-local disk.
+    """
+    first = ranks.local_rank == 0 if per_node else ranks.rank == 0
+    if not first:
+        ranks.barrier()
+    yield
+    if first:
+        ranks.barrier()
