@@ -115,12 +115,10 @@ def _fields(config_class: type, prefix: str = "") -> dict[str, dataclasses.Field
     return found
 
 
-def _flatten(tree: object, known: dict[str, dataclasses.Field[Any]], prefix: str = "") -> dict[str, object]:
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        name = f"{prefix}{key}"
-        is_section = any(other.startswith(f"{name}.") for other in known)
-        flat |= _flatten(value, known, f"{name}.") if isinstance(value, dict) and is_section else {name: value}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
@@ -132,8 +130,8 @@ def _unknown_key(source: str, key: str, value: object, known: dict[str, dataclas
     ]
     section = key.rpartition(".")[0]
     allowed = [name for name in names if name.rpartition(".")[0] == section] or names
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{source}: unknown key {key} (value {value!r}){hint} Allowed here: {', '.join(allowed)}"
+    hint = f"; did you mean {near[0]}?" if near else ";"
+    return f"{source}: unknown key {key} (value {value!r}){hint} allowed here: {', '.join(allowed)}"
 
 
 def _config_files(arguments: list[str]) -> list[str]:
@@ -152,7 +150,7 @@ def _find_unknown(arguments: list[str], known: dict[str, dataclasses.Field[Any]]
             return f"{path}: not valid YAML or JSON: {error}"
         if not isinstance(tree, dict | None):
             return f"{path}: expected settings such as 'train: {{steps: 50}}', found {tree!r:.60}"
-        for key, value in _flatten(tree, known).items():
+        for key, value in _flatten(tree or {}).items():
             if key not in known:
                 return _unknown_key(path, key, value, known)
     for position, argument in enumerate(arguments):
@@ -173,7 +171,7 @@ def _explain(message: str, parser: ArgumentParser, arguments: list[str]) -> str:
             break
     if found := re.search(r'key "([\w.]+)".*?Expected an? (.*?)\. Got value: (.*)', message, re.DOTALL):
         key, allowed, value = found.groups()
-        allowed = re.sub(r"<class '(\w+)'>|typing\.", r"\1", allowed)
+        allowed = re.sub(r"<class '(\w+)'>|typing\.|Literal\[(.*)\]", r"\1\2", allowed)
         return f"{source}: {key} = {value.strip()} has the wrong type or value; allowed: {allowed}"
     return f"{source}: {message}"
 
@@ -206,11 +204,11 @@ def parse(config_class: type[ConfigT], arguments: list[str] | None = None) -> Co
     parser.set_defaults(defaults)
     try:
         settings = parser.instantiate(parser.parse_args(arguments))
+        return config_class(**{name: settings[name] for name in known if "." not in name})
     except ArgumentError as error:
         fail(_explain(str(error), parser, arguments))
     except (ValueError, TypeError) as error:  # from the __post_init__ of a section
         fail(f"{', '.join(_config_files(arguments)) or 'command line'}: {error}")
-    return config_class(**{item.name: settings[item.name] for item in dataclasses.fields(config_class)})  # type: ignore[arg-type]
 
 
 def to_dict(config: Any) -> dict[str, Any]:

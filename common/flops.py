@@ -2,7 +2,7 @@
 
 MFU (PaLM, arXiv 2204.02311, appendix B) is the share of the hardware's peak spent on the arithmetic that
 the model needs, whatever else is computed: forward once, and backward as twice forward; recomputation, by
-activation checkpointing or inside a fused kernel, is not counted. A multiply-add is 2 FLOPs; only matmuls count.
+activation checkpointing or in a fused kernel, is not counted. A multiply-add is 2 FLOPs; only matmuls count.
 
 The causal convention here: attention counts over the full sequence, as in PaLM's appendix B
 (6N + 12 L H Q T) and in nanoGPT, although a causal kernel skips almost half of it. FlashAttention-2
@@ -45,10 +45,10 @@ _PEAKS: list[tuple[str, tuple[float | None, ...]]] = [
 def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """FLOPs of forward and backward per token: 3 x forward, every matmul from its shape.
 
-    Forward, per layer: 2 for each weight of query, key, value and output; 4 x heads x head_size x sequence
-    length for the two attention matmuls (the whole sequence, see above); 2 for each weight of the feed-forward
-    part, in a mixture those of the active experts and of the router. Plus 2 x width x vocabulary for the head.
-    The embedding is a lookup: 0. In sum PaLM's 6 N + 12 L H Q T, where N leaves out embedding and norms.
+    Forward, per layer: 2 for each weight of query, key, value and output; 4 x heads x head_size x
+    sequence_length for the two attention matmuls (the whole sequence, see above); 2 for each weight of the
+    feed-forward part, in a mixture those of the active experts and of the router. For the head 2 x width x
+    vocabulary. The embedding is a lookup: 0. In sum PaLM's 6 N + 12 L H Q T, N without embedding and norms.
     """
     attention_width, kv_width = config.heads * config.head_size, config.kv_heads * config.head_size
     projections = 2 * config.width * (2 * attention_width + 2 * kv_width)

@@ -83,7 +83,7 @@ def _check(found: dict[str, Tensor], expected: dict[str, torch.Size], what: str)
 
 
 def to_hugging_face(state_dict: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Rename a whole model's weights to those in files of LlamaForCausalLM (MixtralForCausalLM with experts)."""
+    """Rename a whole model's weights as files of LlamaForCausalLM, or MixtralForCausalLM, name them."""
     _check(state_dict, _shapes(config), "state dict")
     return {
         theirs: state_dict[ours] if expert is None else state_dict[ours][expert]
@@ -142,7 +142,7 @@ def load_hugging_face(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     elif not (folder / names[0]).is_file():
         fail(
-            f"{folder} has neither {names[0]} nor {index.name}; expected safetensors, because pickled weights "
+            f"{folder} has neither {names[0]} nor {index.name}; expected one, because pickled weights "
             "may run code; save the model again with save_pretrained of a current transformers"
         )
     weights: dict[str, Tensor] = {}

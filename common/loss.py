@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def count_valid(targets: Tensor, ignore_index: int = -100) -> Tensor:
-    """Number of targets that count in the loss, as an int64 scalar on the device of `targets` (no host sync)."""
+    """Number of targets that count in the loss: an int64 scalar on their device, without a host sync."""
     return (targets != ignore_index).sum()
 
 
@@ -34,7 +34,8 @@ def chunked_cross_entropy(
     if flat_targets.numel() <= chunk_size:
         return _sum_of_losses(flat_hidden, head_weight, flat_targets, ignore_index)
     total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-    for chunk_hidden, chunk_targets in zip(flat_hidden.split(chunk_size), flat_targets.split(chunk_size), strict=True):
+    chunks = zip(flat_hidden.split(chunk_size), flat_targets.split(chunk_size), strict=True)
+    for chunk_hidden, chunk_targets in chunks:
         total = total + checkpoint(
             _sum_of_losses, chunk_hidden, head_weight, chunk_targets, ignore_index,
             use_reentrant=False, preserve_rng_state=False,

@@ -3,12 +3,12 @@
     python -m common.network --profile infiniband --explain    # a table: every variable and its reason
     eval "$(python -m common.network --profile infiniband)"    # set it in this shell
 
-NCCL measures its machine and chooses; a list of variables copied from another cluster mostly takes that choice away.
-So `default` sets diagnostics only, and a named profile adds only what NCCL cannot find out. Names of interfaces and
-adapters are facts of one site: they belong in that cluster's own profile, not here.
+NCCL looks at its machine and chooses; a list of variables copied from another cluster mostly takes that
+choice away. So `default` sets diagnostics only, and a named profile adds only what NCCL cannot find out.
+Names of interfaces and adapters are facts of one site: they belong in that cluster's own profile, not here.
 
-What each variable does is taken from the NCCL user guide (Environment Variables), the EFA page of aws-ofi-nccl
-(doc/efa-env-var.md), Google Cloud's page on GPU networking, and PyTorch's ProcessGroupNCCL.hpp and FlightRecorder.hpp.
+What the variables do is taken from NCCL's user guide, the EFA page of aws-ofi-nccl (doc/efa-env-var.md),
+Google Cloud's page on GPU networking, and PyTorch's ProcessGroupNCCL.hpp and FlightRecorder.hpp.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import psutil
 
 @dataclass(frozen=True)
 class Variable:
-    """One row: what a variable does, and why a profile sets it to `value` (or, without a value, leaves it alone)."""
+    """What a variable does, and why a profile sets it to `value`; without a value: why none does."""
 
     name: str
     value: str
@@ -38,81 +38,83 @@ class Variable:
 
 
 V = Variable
-LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 DIAGNOSTICS = (
-    V("TORCH_FR_BUFFER_SIZE", "2000", "flight recorder: how many of its last collectives each rank remembers",
-      "after a hang it names the collective and the rank that is missing; older releases of torch have it off",
+    V("TORCH_FR_BUFFER_SIZE", "2000", "flight recorder: how many of its last collectives a rank remembers",
+      "after a hang it names the collective and the missing rank; older releases of torch have it off",
       "TORCH_NCCL_TRACE_BUFFER_SIZE"),
-    V("TORCH_NCCL_DUMP_ON_TIMEOUT", "1", "a collective that times out writes the flight recorder to a file per rank",
-      "else the record ends with the process; older releases of torch have it off", "TORCH_FR_DUMP_ON_TIMEOUT"),
+    V("TORCH_NCCL_DUMP_ON_TIMEOUT", "1", "ranks write the flight recorder to files when a collective fails",
+      "else it ends with the process; older releases of torch have it off", "TORCH_FR_DUMP_ON_TIMEOUT"),
     V("NCCL_DEBUG", "WARN", "NCCL prints its version, and the reason when one of its calls fails",
       "NCCL is silent by default; INFO prints pages a rank: for one debugging run, not for every run"),
 )  # fmt: skip
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 NO_VERBS = "no InfiniBand or RoCE: TCP sockets between machines"
+NET = "the transport between machines: this one, or an error"
 THREADS = "CPU threads that serve each network connection, 1 to 16"
 STREAMS = "TCP streams that each of those threads opens"
 PROFILES: dict[str, tuple[Variable, ...]] = {
     "default": DIAGNOSTICS,
     "laptop": (*DIAGNOSTICS,
-        V("GLOO_SOCKET_IFNAME", LOOPBACK, "the interface that Gloo's ranks meet on",
-          "all ranks are on this machine; by itself Gloo takes the address of the host name, which a VPN can take away"),
+        V("GLOO_SOCKET_IFNAME", LOOPBACK, "the interface on which Gloo's ranks meet",
+          "all ranks are on this machine; the host name's address, Gloo's own choice, can go with a VPN"),
     ),
     "ethernet": (*DIAGNOSTICS,
         V("NCCL_IB_DISABLE", "1", NO_VERBS,
-          "NCCL prefers an RDMA adapter wherever it sees one, wired up or not; where RoCE works, take infiniband"),
+          "else NCCL prefers any RDMA port that is up, connected or not; where RoCE works, take infiniband"),
         V("NCCL_SOCKET_NTHREADS", "4", THREADS,
-          "the NCCL guide's value for 100 Gbit/s Ethernet, default 1; these threads compete with the data loader's"),
+          "the NCCL guide's value for 100 Gbit/s Ethernet, default 1; they compete with data loader workers"),
         V("NCCL_NSOCKS_PERTHREAD", "4", STREAMS,
           "the NCCL guide's value for 100 Gbit/s Ethernet, default 1; threads × streams may be 64 at most"),
     ),
     "infiniband": (*DIAGNOSTICS,
-        V("NCCL_NET", "IB", "the transport between machines: this one, or an error",
-          "else a missing driver, or a container without /dev/infiniband, means slow TCP and no word about it; "
+        V("NCCL_NET", "IB", NET,
+          "else a missing driver, or a container without /dev/infiniband, means slow TCP and no word of it; "
           "where a plugin drives the fabric, set that plugin's name"),
     ),
     "aws-efa": (*DIAGNOSTICS,
-        V("NCCL_NET", "Libfabric", "the transport between machines: this one, or an error",
-          "else a missing aws-ofi-nccl plugin means slow TCP and no word about it; "
+        V("NCCL_NET", "Libfabric", NET,
+          "else a missing aws-ofi-nccl plugin means slow TCP and no word of it; "
           "up to version 1.11 the plugin is called 'AWS Libfabric'"),
         V("FI_EFA_USE_HUGE_PAGE", "0", "EFA's buffers use no huge pages",
-          "data loader workers are forked, and fork fails (Cannot allocate memory) when the huge pages run out"),
+          "else forking data loader workers can fail (Cannot allocate memory) when the huge pages run out"),
     ),
     "gcp": (*DIAGNOSTICS,
         V("NCCL_IB_DISABLE", "1", NO_VERBS,
-          "A2, G2, G4 and N1 machines have no RDMA; A3 and later need an NCCL plugin of their own, with its settings"),
+          "A2, G2, G4 and N1 machines have no RDMA; A3 and later need an NCCL plugin, with its settings"),
         V("NCCL_SOCKET_NTHREADS", "4", THREADS,
-          "what NCCL chooses by itself on Google's gVNIC; said here so that VirtIO cards get it too"),
-        V("NCCL_NSOCKS_PERTHREAD", "2", STREAMS, "one TCP stream may not fill the link; 4 × 2 = 8 streams, 64 at most"),
+          "what NCCL itself chooses on Google's gVNIC; said here so that VirtIO cards get it too"),
+        V("NCCL_NSOCKS_PERTHREAD", "2", STREAMS,
+          "one TCP stream may not fill the link; 4 × 2 = 8 streams, of 64 at most"),
     ),
 }  # fmt: skip
 
-# What many guides set, and no profile here does.
-LEFT_ALONE = (
-    V("NCCL_SOCKET_IFNAME", "", "which interfaces carry TCP and NCCL's start-up (prefixes; ^ excludes, = is exact)",
-      "a fact of one site; NCCL itself avoids lo and docker* and prefers ib*, and naming one turns that choice off"),
-    V("NCCL_IB_HCA", "", "which InfiniBand adapters to use", "a fact of one site; = in front, or mlx5_1 means mlx5_10 too"),
-    V("NCCL_NET_GDR_LEVEL", "", "how far apart GPU and adapter may be for GPUDirect RDMA: LOC, PIX, PXB, PHB or SYS",
+LEFT_ALONE = (  # what guides set, and no profile here does
+    V("NCCL_SOCKET_IFNAME", "", "interfaces for TCP and NCCL's start-up: prefixes; ^ excludes, = is exact",
+      "a fact of one site; by itself NCCL avoids lo and docker* and prefers ib*: naming one ends that"),
+    V("NCCL_IB_HCA", "", "which InfiniBand adapters to use",
+      "a fact of one site; with = in front, or mlx5_1 means mlx5_10 too"),
+    V("NCCL_NET_GDR_LEVEL", "", "how far apart GPU and adapter may be for GPUDirect: LOC PIX PXB PHB SYS",
       "NCCL reads the topology; the numbers in old guides have changed their meaning between versions"),
     V("NCCL_IB_TIMEOUT", "", "how long an adapter waits for an acknowledgement: 4.096 µs × 2^value",
-      "20 since NCCL 2.23, about 30 s with its 7 retries; the 22 of old guides answered a default of 14"),
-    V("NCCL_BUFFSIZE", "", "bytes of the buffer between two GPUs", "4194304, which guides set, is the default"),
-    V("NCCL_ALGO", "", "which algorithm: Ring, Tree, …", "the best one depends on size and ranks: NCCL chooses for each collective"),
-    V("NCCL_PROTO", "", "which protocol: Simple, LL or LL128", "as NCCL_ALGO; EFA needed Simple up to aws-ofi-nccl 1.5"),
-    V("FI_EFA_USE_DEVICE_RDMA", "", "1: EFA with RDMA", "not needed from libfabric 1.18 and aws-ofi-nccl 1.7 on"),
+      "20 since NCCL 2.23, about 30 s with 7 retries; the 22 of old guides answered a default of 14"),
+    V("NCCL_BUFFSIZE", "", "bytes of the buffer between two GPUs", "4194304, as guides set, is the default"),
+    V("NCCL_ALGO", "", "Ring, Tree, …", "the best one depends on size and ranks: NCCL chooses each time"),
+    V("NCCL_PROTO", "", "Simple, LL or LL128", "as NCCL_ALGO; EFA needed it up to aws-ofi-nccl 1.5 only"),
+    V("FI_EFA_USE_DEVICE_RDMA", "", "1: EFA with RDMA", "not needed since libfabric 1.18, aws-ofi-nccl 1.7"),
     V("TORCH_NCCL_ASYNC_ERROR_HANDLING", "", "what happens to a process whose collective failed",
-      "torch's default, 3, ends it; 1, which guides set, may hang in the clean-up before"),
+      "torch's default, 3, ends it; 1, as guides set, cleans up first, which can hang"),
     V("CUDA_DEVICE_MAX_CONNECTIONS", "", "hardware queues between CPU and GPU",
       "1 is for Megatron's tensor and sequence parallelism before Blackwell; FSDP overlaps worse with it"),
 )  # fmt: skip
-OURS = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_FR_", "TORCH_GLOO_", "FI_", "CUDA_DEVICE_MAX_")
+PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_FR_", "TORCH_GLOO_", "FI_", "CUDA_DEVICE_MAX_")
 
 
 def rows(profile: str) -> tuple[Variable, ...]:
-    """The variables of a profile. Raises ValueError, with the nearest name, when there is none of that name."""
+    """The variables of a profile. Raises ValueError, with the nearest name, when no profile has that name."""
     if profile not in PROFILES:
         near = difflib.get_close_matches(profile.lower().replace("_", "-"), PROFILES, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"there is no network profile {profile!r}; expected one of {', '.join(PROFILES)}{hint}")
+        raise ValueError(f"no network profile is called {profile!r}; expected {', '.join(PROFILES)}{hint}")
     return PROFILES[profile]
 
 
@@ -135,22 +137,22 @@ def check(environment: Mapping[str, str]) -> None:
         if name not in interfaces():
             syntax = " (^ and = are syntax of NCCL_SOCKET_IFNAME, not of Gloo)" if name[0] in "^=" else ""
             raise ValueError(
-                f"GLOO_SOCKET_IFNAME={names}: the host {socket.gethostname()} has no interface {name!r} with an "
+                f"GLOO_SOCKET_IFNAME={names}: host {socket.gethostname()} has no interface {name!r} with an "
                 f"address{syntax}; expected names out of {', '.join(interfaces())}; correct or unset it"
             )
     disabled = environment.get("NCCL_IB_DISABLE", "")
     if disabled not in ("", "0", "1"):
-        raise ValueError(f"NCCL_IB_DISABLE={disabled!r}; NCCL expects 0 or 1 and reads no words; set one or unset it")
+        raise ValueError(f"NCCL_IB_DISABLE={disabled!r}; NCCL expects 0 or 1, no words; set one or unset it")
     if disabled == "1" and environment.get("NCCL_NET", "").upper() == "IB":
         raise ValueError(
             "NCCL_NET=IB demands InfiniBand and NCCL_IB_DISABLE=1 forbids it, so no communicator can start; "
             "unset NCCL_IB_DISABLE, or choose another network profile than infiniband"
         )
     threads, streams = (environment.get(v, "") for v in ("NCCL_SOCKET_NTHREADS", "NCCL_NSOCKS_PERTHREAD"))
-    if threads.isdigit() and streams.isdigit() and int(threads) * int(streams) > 64:
+    if threads.isdigit() and streams.isdigit() and (sockets := int(threads) * int(streams)) > 64:
         raise ValueError(
-            f"NCCL_SOCKET_NTHREADS={threads} × NCCL_NSOCKS_PERTHREAD={streams} is {int(threads) * int(streams)} "
-            "sockets a connection; NCCL allows 64: lower one of them"
+            f"NCCL_SOCKET_NTHREADS={threads} × NCCL_NSOCKS_PERTHREAD={streams} is {sockets} sockets for one "
+            "connection; NCCL allows 64; lower one of the two"
         )
 
 
@@ -161,17 +163,19 @@ def interfaces() -> list[str]:
 
 
 def explain(profile: str, environment: Mapping[str, str] = os.environ, width: int = 160) -> str:
-    """A text table: the profile's variables, the user's own, and those that are left to NCCL and torch, with reasons."""
+    """A table of `width` characters: the profile's variables, the user's, and those that nobody sets."""
     table = [("variable", "value", "set by", "what it does", "why here")]
     for v in rows(profile):
         name = next((n for n in (v.name, v.other_name) if n in environment), "")
         who = f"you ({profile}: {v.value})" if name else profile
         table.append((name or v.name, environment.get(name, v.value), who, v.what, v.why))
     known = {v.name: v for some in (*PROFILES.values(), LEFT_ALONE) for v in some}
-    for name in sorted(n for n in environment if n.startswith(OURS) and n not in {row[0] for row in table}):
+    listed = {row[0] for row in table}
+    for name in sorted(n for n in environment if n.startswith(PREFIXES) and n not in listed):
         v = known.get(name, Variable(name, "", "", "no profile knows it"))
-        why = "no effect on EFA, which its plugin drives" if (profile, name) == ("aws-efa", "NCCL_IB_DISABLE") else v.why
-        table.append((name, environment[name], "you", v.what, f"not in {profile}: {why}"))
+        inert = (profile, name) == ("aws-efa", "NCCL_IB_DISABLE")
+        why = "without effect here: EFA is driven by its plugin" if inert else f"not in {profile}: {v.why}"
+        table.append((name, environment[name], "you", v.what, why))
     table += [(v.name, "", "nobody", v.what, v.why) for v in LEFT_ALONE if v.name not in environment]
 
     fixed = [max(len(row[i]) for row in table) for i in range(3)]
@@ -186,10 +190,10 @@ def explain(profile: str, environment: Mapping[str, str] = os.environ, width: in
 
 
 def main() -> int:
-    """The command line. Returns the exit status: 2 after one line on stderr when the environment cannot work."""
-    parser = argparse.ArgumentParser(prog="python -m common.network", description="NCCL and Gloo variables, with reasons")
+    """The command line. Returns the exit status: 2, after one line on stderr, if the settings cannot work."""
+    parser = argparse.ArgumentParser("python -m common.network", description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="default", help=f"the kind of network: {', '.join(PROFILES)}")
-    parser.add_argument("--explain", action="store_true", help="print the table instead of export lines")
+    parser.add_argument("--explain", action="store_true", help="print a table instead of export lines")
     options = parser.parse_args()
     try:
         if options.explain:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -10,7 +10,7 @@ import torch
 
 @dataclass
 class OptimizerConfig:
-    """AdamW or SGD, with linear warm-up and cosine decay."""
+    """AdamW or SGD, with linear warm-up, then a cosine or steps down."""
 
     name: Literal["adamw", "sgd"] = "adamw"
     """adamw, or sgd with momentum betas[0]."""
@@ -23,19 +23,32 @@ class OptimizerConfig:
     warmup_steps: int = 10
     """Steps over which the learning rate rises linearly to its peak."""
     min_lr_ratio: float = 0.1
-    """The learning rate at the end, as a fraction of the peak."""
+    """The learning rate at the end of the cosine, as a fraction of the peak."""
+    milestones: list[int] = field(default_factory=list)
+    """Steps at which the learning rate falls to a tenth of what it was; given any, there is no cosine."""
+    nesterov: bool = False
+    """Nesterov's momentum, for sgd."""
     clip: float = 1.0
     """Largest global gradient norm."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.clip <= 0:
-            raise ValueError(f"optimizer.lr = {self.lr} and optimizer.clip = {self.clip} must both be above 0")
+            found = f"optimizer.lr = {self.lr} and optimizer.clip = {self.clip}"
+            raise ValueError(f"{found} must both be above 0")
         if not (0 <= self.betas[0] < 1 and 0 <= self.betas[1] < 1):
             raise ValueError(f"optimizer.betas = {self.betas} must lie between 0 and 1 (1 excluded)")
         if self.warmup_steps < 0 or self.weight_decay < 0 or not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(
-                f"optimizer.warmup_steps = {self.warmup_steps} and optimizer.weight_decay = {self.weight_decay} must "
-                f"be 0 or more, and optimizer.min_lr_ratio = {self.min_lr_ratio} between 0 and 1"
+                f"optimizer.warmup_steps = {self.warmup_steps} and optimizer.weight_decay = "
+                f"{self.weight_decay} must be 0 or more, and optimizer.min_lr_ratio = {self.min_lr_ratio} "
+                f"between 0 and 1"
+            )
+        if self.milestones != sorted(set(self.milestones)) or min(self.milestones, default=1) < 1:
+            found = f"optimizer.milestones = {self.milestones}"
+            raise ValueError(f"{found} must be steps from 1 on, in rising order")
+        if self.nesterov and (self.name != "sgd" or self.betas[0] == 0):
+            raise ValueError(
+                "optimizer.nesterov = true needs optimizer.name = sgd and optimizer.betas[0] above 0"
             )
 
 
@@ -53,17 +66,21 @@ def build_optimizer(
     ]
     fused = device.type in ("cuda", "cpu")
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.betas[0], fused=fused)
+        momentum, nesterov = config.betas[0], config.nesterov
+        return torch.optim.SGD(groups, lr=config.lr, momentum=momentum, nesterov=nesterov, fused=fused)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """The learning rate of step 0 … steps − 1: linear warm-up, then half a cosine down to `min_lr_ratio` of the peak.
+    """The learning rate of step 0 … steps − 1: linear warm-up, then half a cosine to `min_lr_ratio` of it.
 
-    A pure function of the step, so that there is no scheduler state to save (cosine: arXiv 1608.03983).
+    With `milestones`, the rate falls to a tenth at each of them instead. A pure function of the step, so that
+    there is no scheduler state to save (cosine: arXiv 1608.03983; steps: arXiv 1512.03385, section 3.4).
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
+    if config.milestones:
+        return config.lr * 0.1 ** sum(step >= milestone for milestone in config.milestones)
     progress = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)

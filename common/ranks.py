@@ -157,8 +157,8 @@ def read_environment(environment: Mapping[str, str] | None = None) -> Place:
 
     if "RANK" in env or "LOCAL_RANK" in env or ("WORLD_SIZE" in env and not in_step):
         names = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
-        rank, size, local_rank = _integers(env, names, "torchrun")
         _require(env, [*names, "MASTER_ADDR", "MASTER_PORT"], "torchrun")
+        rank, size, local_rank = _integers(env, names, "torchrun")
         place = Place(rank, size, local_rank, int(env.get("LOCAL_WORLD_SIZE", size)), "torchrun", address, int(port))
     elif in_step:
         names = ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"]

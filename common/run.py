@@ -367,7 +367,7 @@ class Run:
         status = "finished" if self._done >= steps else "stopped"
         self.record |= {"status": status, "steps_done": self._done, "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         (self.folder / "run.json").write_text(json.dumps(self.record, indent=1) + "\n")
-        if not self.rows:
+        if self._done == self.first_step:
             print(f"\nnothing to do: {self._done} of {steps} steps were done already; run folder {self.folder}")
             return
         plot_loss(self.rows, self.validation, self.folder / "loss.png")

@@ -2,8 +2,9 @@
 
 RMSNorm (arXiv 1910.07467), rotary embeddings (2104.09864), SwiGLU (2002.05202), grouped-query attention
 (2305.13245), optionally a mixture of experts (2401.04088). What strategies need from outside is here: head
-counts come from the weights' shapes, so that a tensor-parallel shard just works; `positions` is an argument; the
-attention function can be replaced; embedding and head can be left out (pipeline stages); there are no buffers.
+counts come from the weights' shapes, so that a tensor-parallel shard just works; `positions` is an argument;
+the attention function can be replaced; embedding and head can be left out (pipeline stages); there are no
+buffers.
 """
 
 import dataclasses
@@ -82,8 +83,8 @@ class ModelConfig:
         if self.head_size is None and self.heads > 0 and self.width % self.heads == 0:
             self.head_size = self.width // self.heads
         for field, value in dataclasses.asdict(self).items():
-            least = 0 if field == "experts" else 1
-            if isinstance(value, int) and not isinstance(value, bool) and value < least:
+            least = 0 if field == "experts" else 1 if isinstance(value, int) else 1e-12
+            if isinstance(value, int | float) and not isinstance(value, bool) and value < least:
                 raise ValueError(f"model.{field} is {value}; expected at least {least}; raise it")
         for field, divisor in (("width", "heads"), ("heads", "kv_heads")):
             number, parts = getattr(self, field), getattr(self, divisor)
@@ -108,7 +109,7 @@ def initial_weight(name: str, shape: tuple[int, ...] | torch.Size, config: Model
     """The weight that the parameter `name` of the whole model starts from: an fp32 CPU tensor of `shape`.
 
     A pure function: neither torch's global generator nor what was built before matters, so that a shard or a
-    stage anywhere can compute its part. Ones for norms; otherwise normal with standard deviation 0.02, and for
+    stage anywhere can compute its part. Ones for norms; otherwise normal with standard deviation 0.02, for
     projections into the residual stream 0.02 / sqrt(2 x layers) as in GPT-2, lest it grow with depth.
     """
     if name.endswith("norm.weight"):
@@ -125,8 +126,8 @@ def initial_weight(name: str, shape: tuple[int, ...] | torch.Size, config: Model
 def rotary_angles(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines, (..., sequence, head_size / 2), of positions (sequence,) or (batch, sequence).
 
-    With rope_factor other than 1, slow frequencies are lowered as in Llama 3.1: by rope_factor those that turn
-    less than low_frequency_factor times in rope_original_sequence, not at all those that turn more than
+    With rope_factor other than 1, slow frequencies are lowered as in Llama 3.1: by rope_factor those that
+    turn less than low_frequency_factor times in rope_original_sequence, not at all those that turn more than
     high_frequency_factor times, and smoothly in between.
     """
     exponents = torch.arange(0, config.head_size, 2, device=positions.device).to(dtype) / config.head_size
@@ -152,8 +153,8 @@ def rotate(heads: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention: the default of `Attention.attend`, and the signature of whatever replaces it.
 
-    query: (batch, heads, sequence, head_size); key, value: (batch, kv_heads, keys, head_size), kv_heads a divisor
-    of heads. Causal over equal lengths without a mask; a mask is (sequence, keys) bool, True where one may look.
+    query: (batch, heads, sequence, head_size); key, value: (batch, kv_heads, keys, head_size), kv_heads a
+    divisor of heads. Causal over equal lengths without a mask, which is (sequence, keys) bool: True may look.
     """
     if (groups := query.shape[1] // key.shape[1]) > 1:
         # Not enable_gqa: the memory-efficient kernel, the one that GPUs have for fp32, does not take it.
@@ -245,8 +246,8 @@ class FeedForward(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Each token goes to its `experts_per_token` most probable experts, weighted by their probabilities made to
-    sum to 1 (Mixtral, arXiv 2401.04088). Dropless: there is no capacity limit."""
+    """Each token goes to its `experts_per_token` most probable experts, weighted by their probabilities, which
+    are made to sum to 1 (Mixtral, arXiv 2401.04088). Dropless: experts have no capacity limit."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -256,6 +257,7 @@ class MixtureOfExperts(nn.Module):
         self.up = nn.Parameter(torch.empty(config.experts, config.ffn_width, config.width))
         self.down = nn.Parameter(torch.empty(config.experts, config.width, config.ffn_width))
 
+    @torch.compiler.disable  # how many tokens an expert gets is data: it would be compiled over and over
     def forward(self, hidden: Tensor) -> Tensor:
         tokens = hidden.flatten(0, -2)
         scores = self.router(tokens)
@@ -294,14 +296,14 @@ class Block(nn.Module):
         self.ffn = MixtureOfExperts(config) if config.experts else FeedForward(config)
 
     def forward(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], positions: Tensor, cache: LayerCache | None = None
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], positions: Tensor, cache: LayerCache | None
     ) -> Tensor:
         hidden = hidden + self.attention(self.attention_norm(hidden), rotary, positions, cache)
         return hidden + self.ffn(self.ffn_norm(hidden))
 
 
 class Head(nn.Module):
-    """Logits, or with targets the sum of token losses. A tied head has no weight of its own; it is handed one."""
+    """Logits, or the sum of token losses. A tied head has no weight of its own, but is given one."""
 
     def __init__(self, config: ModelConfig, own_weight: bool) -> None:
         super().__init__()
@@ -316,8 +318,8 @@ class Head(nn.Module):
 class Transformer(nn.Module):
     """The whole model, or a pipeline stage: some of its `layers`, with or without embedding and head.
 
-    Parameters bear the same names in a stage as in the whole model, and start equal for equal seeds. They stay
-    unset on the meta device (`with torch.device("meta")`) and with seed None: call `initialise`, or load them.
+    Parameters bear the same names in a stage as in the whole model, and start equal for equal seeds. They
+    stay unset on the meta device (`with torch.device("meta")`) and with seed None: initialise or load them.
     """
 
     def __init__(
@@ -350,10 +352,14 @@ class Transformer(nn.Module):
             if not parameter.is_meta:
                 parameter.copy_(initial_weight(name, parameter.shape, self.config, seed))
 
-    def compile_blocks(self) -> None:
-        """Compile each block in place: names stay, and the blocks, being alike, are compiled once."""
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile each block in place, with torch.compile's options; parameter names stay as they are.
+
+        Shapes are static unless the options say otherwise: beside a graph for any size, the recomputation of a
+        checkpointed block can pick another graph than its forward did, and fails.
+        """
         for block in self.blocks.values():
-            block.compile()
+            block.compile(**{"dynamic": False} | options)
 
     def checkpoint_activations(self) -> None:
         """From now on keep only each block's input, and compute the block again in backward (1604.06174)."""
@@ -366,12 +372,12 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Logits (batch, sequence, vocabulary), or with targets the sum of token losses (fp32, or fp64 in fp64).
+        """Logits (batch, sequence, vocabulary), or with targets the sum of token losses (fp32; fp64 in fp64).
 
-        tokens, targets: (batch, sequence) int64; target -100 is ignored. A stage without embedding takes hidden
-        states (batch, sequence, width) as tokens, one without head returns them. positions: int64 (sequence,),
-        without a cache also (batch, sequence); by default they count on from what the cache has seen. Raises
-        ValueError where the sequence exceeds config.max_sequence or the cache.
+        tokens, targets: (batch, sequence) int64; target -100 is ignored. A stage without embedding takes
+        hidden states (batch, sequence, width) as tokens, one without head returns them. positions: int64
+        (sequence,), without a cache also (batch, sequence); by default they count on from what the cache has
+        seen. Raises ValueError where the sequence exceeds config.max_sequence or the cache.
         """
         if tokens.shape[1] > self.config.max_sequence:
             raise ValueError(
@@ -384,13 +390,13 @@ class Transformer(nn.Module):
                 positions = positions + cache.length
                 cache.length += tokens.shape[1]
                 if cache.length > cache.max_length:
-                    raise ValueError(f"{cache.length} tokens; the cache holds {cache.max_length}; make it longer")
+                    raise ValueError(f"{cache.length} tokens; a cache of {cache.max_length}; make it longer")
         hidden = tokens if self.embedding is None else self.embedding(tokens)
         rotary = rotary_angles(positions, self.config, torch.promote_types(hidden.dtype, torch.float32))
         for number, block in self.blocks.items():
             if self.checkpointing and torch.is_grad_enabled():
                 hidden = checkpoint(  # without dropout there is no random state to keep
-                    block, hidden, rotary, positions, use_reentrant=False, preserve_rng_state=False
+                    block, hidden, rotary, positions, None, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 hidden = block(hidden, rotary, positions, None if cache is None else cache.layer(number))

@@ -1,0 +1,496 @@
+"""How a lesson script scales: the same training on 1, 2, 4 … ranks, as a table, a plot and a JSON file.
+
+    python benchmarks/scaling.py ddp/train.py                                    # strong scaling on 1, 2 and 4 ranks
+    python benchmarks/scaling.py ddp/train.py --mode weak --ranks 1 2 4 8        # the batch grows with the ranks
+    python benchmarks/scaling.py ddp/train.py --ranks 1 8 -- --config ddp/configs/gpt_124m.yaml --train.precision bf16
+    python benchmarks/scaling.py ddp/train.py --ranks 8 16 32 --ranks-per-node 8 \\
+        --launch "srun --nodes={nodes} --ntasks={ranks} --ntasks-per-node=8 python"       # inside a Slurm job
+
+What stands after `--` goes to SCRIPT, any script that writes our run folder. The runs are interleaved (1, 2, 4, 1, 2,
+4, …), and each round is compared within itself, so that a machine that grows slower harms all rank counts alike.
+
+With T(N) the median time of a step on N ranks, and B the fewest ranks measured (1 unless --ranks says otherwise):
+
+    strong scaling, the global batch stays:          speed-up T(B) / T(N)            efficiency B · T(B) / (N · T(N))
+    weak scaling, the batch of each rank stays:      speed-up N · T(B) / (B · T(N))  efficiency T(B) / T(N)
+
+Both efficiencies are throughput(N) / (N / B · throughput(B)). In weak scaling the ideal is a time per step that stays
+the same; tokens per second grow with N.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from tqdm import tqdm
+
+from common.ranks import fail
+
+OURS = ("--train.steps", "--run_name", "--runs_dir", "--resume")  # what this driver sets for every run
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one run did: its median step after the warm-up, and what else its folder says."""
+
+    ranks: int
+    units_per_step: int
+    step_seconds: float
+    peak_memory_bytes: int
+    last_loss: float
+    record: dict[str, Any]  # run.json
+
+
+# ------------------------------------------------------------------------------------------------- arithmetic
+
+
+def efficiency(mode: str, base_ranks: int, base_seconds: float, ranks: int, seconds: float) -> float:
+    """The share of ideal scaling that is reached, 1.0 is ideal; times are seconds per step.
+
+    Strong scaling: N ranks share the work of one step, and ideally take base_ranks / ranks of the time. Weak scaling:
+    each rank does the same work whatever their number, and ideally takes the same time.
+    """
+    return base_seconds / seconds * (base_ranks / ranks if mode == "strong" else 1.0)
+
+
+def speed_up(mode: str, base_ranks: int, base_seconds: float, ranks: int, seconds: float) -> float:
+    """How many times the throughput of `base_ranks` is reached; ideally ranks / base_ranks, in both modes."""
+    return efficiency(mode, base_ranks, base_seconds, ranks, seconds) * ranks / base_ranks
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and greatest of what the rounds gave."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def summarise(mode: str, rounds: list[dict[int, Measured]]) -> list[dict[str, Any]]:
+    """One row for each rank count; speed-up and efficiency are taken within each round, then their median.
+
+    Args:
+        rounds: for each repeat the measured runs by rank count, the same ones in every round.
+    """
+    base = min(rounds[0])
+    rows = []
+    for ranks in sorted(rounds[0]):
+        runs = [one[ranks] for one in rounds]
+        times = [(base, one[base].step_seconds, ranks, one[ranks].step_seconds) for one in rounds]
+        rows.append(
+            {
+                "ranks": ranks,
+                "units_per_step": runs[0].units_per_step,
+                "step_seconds": spread([run.step_seconds for run in runs]),
+                "units_per_second": spread([run.units_per_step / run.step_seconds for run in runs]),
+                "speed_up": spread([speed_up(mode, *each) for each in times]),
+                "efficiency": spread([efficiency(mode, *each) for each in times]),
+                "peak_memory_bytes": max(run.peak_memory_bytes for run in runs),
+                "last_loss": runs[0].last_loss,
+            }
+        )
+    return rows
+
+
+def sharing(ranks: int, threads: int, cores: int, gpus: int) -> str | None:
+    """A plain word where the ranks of one node outnumber its devices; `gpus` is 0 where ranks run on the CPU."""
+    if gpus and ranks > gpus:
+        return f"{ranks} ranks share {gpus} GPU{'s' * (gpus != 1)}: this measures sharing, not scaling"
+    if not gpus and ranks * threads > cores:
+        who = f"{ranks} rank{'s' * (ranks != 1)}" + (f" of {threads} threads" if threads > 1 else "")
+        return f"{who} share {cores} core{'s' * (cores != 1)}: this measures sharing, not scaling"
+    return None
+
+
+# ----------------------------------------------------------------------------------------------- running and reading
+
+
+def launch_command(script: str, ranks: int, template: str | None, ranks_per_node: int, plain: bool) -> list[str]:
+    """The command line that starts `script` on so many ranks: `plain` python, torchrun, or the user's own template."""
+    if template:
+        nodes = math.ceil(ranks / ranks_per_node)
+        filled = template.replace("{ranks}", str(ranks)).replace("{nodes}", str(nodes))
+        return [*shlex.split(filled), script]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [sys.executable, *([] if plain else torchrun), script]
+
+
+def execute(command: list[str], threads: int, log: Path) -> int:
+    """Run a command to its end, its output into `log`; it does not outlive us. Returns the exit code."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            return process.wait()
+        finally:
+            if process.poll() is None:  # Ctrl-C, or we are told to end
+                process.terminate()  # torchrun passes it on to its workers
+                try:
+                    process.wait(60)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+
+
+def cause(output: str) -> str:
+    """The line of a failed run's output that says why: our scripts print `error: …` or `[rank N] error: …`."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    ours = [line for line in lines if re.match(r"(\[rank \d+\] )?error: ", line)]
+    python = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b: ", line.split("]: ")[-1])]
+    return (ours or python or lines[-1:] or ["it printed nothing"])[0]
+
+
+def read_run(folder: Path, warmup: int) -> Measured:
+    """Read one run folder; the first `warmup` steps, which allocate and compile, do not count.
+
+    Raises:
+        SystemExit: (exit code 2) the folder is not there, or holds no steps beyond the warm-up.
+    """
+    try:
+        record = json.loads((folder / "run.json").read_text())
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+    except FileNotFoundError as error:
+        name = Path(str(error.filename)).name
+        fail(f"the script ended well but wrote no {name} under --run_name; expected a run folder as common/run.py makes it")
+    rows = [row for row in map(json.loads, lines) if "step_seconds" in row]
+    if len(rows) <= warmup:
+        fail(f"the run has {len(rows)} steps, of which {warmup} are warm-up; nothing is left to measure: raise --steps")
+    return Measured(
+        ranks=record["world_size"],
+        units_per_step=record["units_per_step"],
+        step_seconds=statistics.median(row["step_seconds"] for row in rows[warmup:]),
+        peak_memory_bytes=max(row["peak_memory_bytes"] for row in rows),
+        last_loss=rows[-1]["loss"],
+        record=record,
+    )
+
+
+def base_batch(script: str, arguments: list[str]) -> int:
+    """batch.global_size of the script with these arguments, as `SCRIPT --print_config` gives it."""
+    command = [sys.executable, script, *arguments, "--print_config"]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    try:
+        return int(yaml.safe_load(finished.stdout)["batch"]["global_size"])
+    except (yaml.YAMLError, TypeError, KeyError, ValueError):
+        said = cause(finished.stderr or finished.stdout)
+        fail(f"weak scaling needs batch.global_size, but `{script} --print_config` does not show it: {said}")
+
+
+class Driver:
+    """Runs the script on each number of ranks, round by round."""
+
+    def __init__(self, options: argparse.Namespace, script_arguments: list[str]) -> None:
+        self.options, self.arguments = options, script_arguments
+        self.weak_base = base_batch(options.script, script_arguments) if options.mode == "weak" else 0
+        self.plain_python = options.launch is None  # until the script refuses it
+        self.notes: list[str] = []
+
+    def note(self, text: str | None) -> None:
+        """Say a thing that the reader of the numbers must know, once, and keep it for the results."""
+        if text and text not in self.notes:
+            self.notes.append(text)
+            tqdm.write(f"note: {text}")
+
+    def run(self, ranks: int, repeat: int) -> Measured:
+        """Run the script once. Ends the program where it fails, with its own words."""
+        options, runs = self.options, self.options.output / "runs"
+        name = f"{options.mode}-{ranks}-ranks-round-{repeat + 1}"
+        ours = ["--train.steps", str(options.steps), "--run_name", name, "--runs_dir", str(runs), "--resume", "never"]
+        batch = ["--batch.global_size", str(ranks * self.weak_base)] if self.weak_base else []
+        log = options.output / f"{name}.log"
+        plain = ranks == 1 and self.plain_python
+        command = launch_command(options.script, ranks, options.launch, options.ranks_per_node or ranks, plain)
+        code = execute([*command, *self.arguments, *batch, *ours], options.threads, log)
+        if code and plain and "torchrun" in log.read_text():  # it says that it must be started otherwise
+            self.plain_python = False
+            self.note("the script does not start with plain python: torchrun starts 1 rank too")
+            return self.run(ranks, repeat)
+        if code:
+            output = log.read_text()
+            what = f"{options.script} on {ranks} rank{'s' * (ranks != 1)} failed in round {repeat + 1} (exit code {code})"
+            end = "\n".join(f"  | {line}" for line in output.rstrip().splitlines()[-15:])
+            sys.exit(f"error: {what}: {cause(output)}\nthe end of its output, all of it in {log}:\n{end}")
+        log.unlink()
+        measured = read_run(runs / name, options.warmup)
+        shutil.rmtree(runs / name / "checkpoints", ignore_errors=True)  # of no further use, and large
+        if measured.ranks != ranks:
+            fail(f"asked for {ranks} ranks, but the run says {measured.ranks}; check --launch")
+        on_gpu = "CPU" not in measured.record["device"]
+        per_node = min(ranks, options.ranks_per_node or ranks)
+        self.note(sharing(per_node, options.threads, cores(), gpu_count() if on_gpu else 0))
+        return measured
+
+    def rounds(self) -> list[dict[int, Measured]]:
+        """All runs, interleaved. Fails when the rank counts did not do the work that the mode promises."""
+        found: list[dict[int, Measured]] = []
+        jobs = [(repeat, ranks) for repeat in range(self.options.repeats) for ranks in self.options.ranks]
+        bar = tqdm(jobs, unit="run", disable=None)
+        for repeat, ranks in bar:
+            bar.set_description(f"round {repeat + 1}, {ranks} rank{'s' * (ranks != 1)}")
+            if repeat == len(found):
+                found.append({})
+            found[repeat][ranks] = self.run(ranks, repeat)
+        weak = self.options.mode == "weak"
+        work = {run.units_per_step / (run.ranks if weak else 1) for one in found for run in one.values()}
+        if len(work) > 1:
+            fail(f"the runs did different work {'per rank' if weak else 'a step'}: {sorted(work)}; this is no {self.options.mode} scaling")
+        return found
+
+
+# -------------------------------------------------------------------------------------------- what the numbers belong to
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpu_count() -> int:
+    """GPUs on this machine."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """The processor and its cores, memory, and GPUs, without the machine's name. `device`: as run.json calls it."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file() and (found := re.search(r"^model name\s*:\s*(.*)$", cpuinfo.read_text(), re.MULTILINE)):
+        model = " ".join(found[1].split())
+    about: dict[str, Any] = {"cpu": model, "cores": cores(), "memory_gib": round(psutil.virtual_memory().total / 2**30, 1)}
+    return about | ({} if "CPU" in device else {"gpu": device, "gpus": gpu_count()})
+
+
+def in_words(about: dict[str, Any]) -> str:
+    """`hardware` as a reader likes it."""
+    gpus = f"{about['gpus']} × {about['gpu']}, " if "gpu" in about else ""
+    return f"{gpus}{about['cpu']}, {about['cores']} core{'s' * (about['cores'] != 1)}, {about['memory_gib']:.0f} GiB"
+
+
+def without_paths(words: list[str]) -> str:
+    """A command line as others can use it: paths relative to here, those outside cut to their last part."""
+
+    def shorten(word: str) -> str:
+        name, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+        if not value.startswith("/"):
+            return word
+        path = Path(value)
+        inside = path.is_relative_to(Path.cwd())
+        return f"{name}{equals}{path.relative_to(Path.cwd()) if inside else path.name}"
+
+    return shlex.join(map(shorten, words))
+
+
+# ------------------------------------------------------------------------------------------------------------- output
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as a Markdown page: what was measured, on what, the table, and what to know about it."""
+    unit, many = result["unit"], result["repeats"] > 1
+    base = result["rows"][0]["ranks"]
+
+    def ranged(value: dict[str, float], form: str, factor: float = 1.0) -> str:
+        middle, low, high = (format(value[key] * factor, form) for key in ("median", "min", "max"))
+        return f"{middle} ({low} – {high})" if many and low != high else middle
+
+    constant = "the global batch stays" if result["mode"] == "strong" else "the batch of each rank stays"
+    lines = [
+        f"{result['script']}: {result['mode']} scaling ({constant})",
+        "",
+        f"| ranks | {unit} a step | step, ms | {unit}/s | speed-up (ideal) | efficiency, % | memory, GiB | last loss |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        cells = (
+            str(row["ranks"]) + ("*" if row["shared"] else ""),
+            f"{row['units_per_step']:,}",
+            ranged(row["step_seconds"], ",.1f", 1e3),
+            ranged(row["units_per_second"], ",.0f"),
+            f"{row['speed_up']['median']:.2f} ({row['ranks'] / base:g})",
+            ranged(row["efficiency"], ".0f", 100),
+            f"{row['peak_memory_bytes'] / 2**30:.2f}",
+            f"{row['last_loss']:.4f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    rounds = f"median of {result['repeats']} interleaved rounds (least – greatest)" if many else "one round"
+    lines += [
+        "",
+        f"- {rounds}; {result['steps']} steps a run, the first {result['warmup_steps']} not counted; "
+        f"OMP_NUM_THREADS={result['omp_num_threads']} for every rank count; memory: {result['memory']}",
+        f"- speed-up = {result['formulas']['speed_up']}; efficiency = {result['formulas']['efficiency']}; "
+        "T: median time of a step",
+        f"- {in_words(result['hardware'])}; {versions}; commit {result['git_commit']}; {result['date']}",
+        *(f"- {'* ' if 'share' in note else ''}{note}" for note in result["notes"]),
+        f"- `{result['command']}`",
+    ]
+    return "\n".join(lines)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Throughput beside the ideal line, and efficiency, into a PNG; rank counts that share devices are shaded."""
+    from matplotlib.figure import Figure  # without pyplot: no window system is touched
+
+    rows, unit = result["rows"], result["unit"]
+    ranks = [row["ranks"] for row in rows]
+    figure = Figure(figsize=(10, 4.2), dpi=140, layout="constrained")
+    left, right = figure.subplots(1, 2)
+
+    def draw(axes: Any, key: str, factor: float) -> None:
+        middle = [row[key]["median"] * factor for row in rows]
+        below = [m - row[key]["min"] * factor for m, row in zip(middle, rows, strict=True)]
+        above = [row[key]["max"] * factor - m for m, row in zip(middle, rows, strict=True)]
+        axes.errorbar(ranks, middle, yerr=[below, above], fmt="o-", color="#1f6fb4", capsize=4, label="measured", zorder=3)
+
+    first = rows[0]["units_per_second"]["median"]
+    ideal = [first * count / ranks[0] for count in ranks]
+    draw(left, "units_per_second", 1.0)
+    left.plot(ranks, ideal, "--", color="0.45", label="ideal", zorder=2)
+    left.set(ylabel=f"{unit} per second", title="Throughput")
+    left.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    draw(right, "efficiency", 100.0)
+    right.axhline(100, linestyle="--", color="0.45", label="ideal", zorder=2)
+    right.set(ylabel="efficiency, %", title="Efficiency")
+    for row in rows:
+        value = row["efficiency"]["median"] * 100
+        at = (row["ranks"], row["efficiency"]["min"] * 100)
+        right.annotate(f"{value:.0f} %", at, (0, -8), textcoords="offset points", ha="center", va="top", fontsize=9)
+    highest = max(row["efficiency"]["max"] for row in rows)
+    right.set_ylim(0, 100 * max(1.1, highest + 0.05))
+
+    many = ranks[-1] / ranks[0] > 8
+    shared = [row["ranks"] for row in rows if row["shared"]]
+    for axes in (left, right):
+        if many:
+            axes.set_xscale("log", base=2)
+        room = 0.06 * (ranks[-1] - ranks[0]) or 0.5
+        axes.set_xlim(*((ranks[0] / 1.2, ranks[-1] * 1.2) if many else (ranks[0] - room, ranks[-1] + room)))
+        if shared:
+            own = max((count for count in ranks if count < shared[0]), default=shared[0])
+            start = (own * shared[0]) ** 0.5 if many else (own + shared[0]) / 2
+            axes.axvspan(start, axes.get_xlim()[1], color="#d9822b", alpha=0.13, label="ranks share devices", zorder=0)
+        axes.set_xticks(ranks, [str(count) for count in ranks])
+        axes.minorticks_off()
+        axes.set_xlabel("ranks")
+        axes.grid(alpha=0.3)
+    if many:
+        left.set_yscale("log", base=2)
+        left.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    else:
+        left.set_ylim(0, 1.08 * max(*ideal, *(row["units_per_second"]["max"] for row in rows)))
+    left.legend(loc="upper left")
+    constant = "global batch" if result["mode"] == "strong" else "batch of each rank"
+    size = rows[0]["units_per_step"] // (1 if result["mode"] == "strong" else ranks[0])
+    figure.suptitle(f"{result['script']}, {result['mode']} scaling: {constant} {size:,} {unit}\n", fontsize=12)
+    figure.text(0.5, 0.925, f"{in_words(result['hardware'])}; {result['date'][:10]}", ha="center", fontsize=8.5, color="0.35")
+    figure.savefig(path)
+
+
+def parse_arguments(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our options, and after `--` those of the script."""
+    at = words.index("--") if "--" in words else len(words)
+    own, script_arguments = words[:at], words[at + 1 :]
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/scaling.py",
+        usage="%(prog)s SCRIPT [options] [-- script arguments]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("script", metavar="SCRIPT", help="a lesson script that writes our run folder, such as ddp/train.py")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="rank counts (default: 1 2 4)")
+    parser.add_argument("--mode", choices=["strong", "weak"], default="strong", help="what stays the same (default: strong)")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds over all rank counts (default: 3)")
+    parser.add_argument("--steps", type=int, default=30, help="training steps of each run (default: 30)")
+    parser.add_argument("--warmup", type=int, default=5, help="first steps that do not count (default: 5)")
+    parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS of every rank, at every rank count (default: 1)")
+    parser.add_argument("--output", type=Path, help="folder for the results (default: a new one beside the run folders)")
+    parser.add_argument("--launch", metavar="TEMPLATE", help="command that starts SCRIPT, with {ranks} and {nodes} filled in")
+    parser.add_argument("--ranks-per-node", type=int, help="to fill in {nodes} (default: all ranks on one node)")
+    options = parser.parse_args(own)
+    if not Path(options.script).is_file():
+        fail(f"there is no script {options.script} (looked in {Path.cwd()}); name one, such as ddp/train.py")
+    for name in ("repeats", "steps", "threads", "ranks_per_node"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(options, name)} cannot work; allowed: 1 or more")
+    if min(options.ranks) < 1 or len(set(options.ranks)) < len(options.ranks):
+        fail(f"--ranks {' '.join(map(str, options.ranks))} cannot work; allowed: different numbers, each 1 or more")
+    if not 0 <= options.warmup < options.steps:
+        fail(f"--warmup {options.warmup} leaves no step of --steps {options.steps} to measure; raise --steps")
+    for word in script_arguments:
+        if (flag := word.split("=")[0]) in OURS:
+            instead = {"--train.steps": "--steps", "--runs_dir": "--output"}.get(flag)
+            hint = f"; give {instead}, before the --" if instead else "; leave it out"
+            fail(f"{flag} is set by this driver for every run{hint}")
+    options.ranks.sort()
+    return options, script_arguments
+
+
+def main() -> None:
+    options, script_arguments = parse_arguments(sys.argv[1:])
+    if options.output is None:
+        name = f"scaling-{Path(options.script).stem}-{options.mode}-{time.strftime('%Y%m%d-%H%M%S')}"
+        options.output = Path(os.environ.get("RUNS_DIR", "runs")) / name
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--output {options.output}: {error.strerror}; choose a folder you can write to")
+    if (options.output / "runs").exists():
+        fail(f"--output {options.output} holds a measurement already; choose another folder")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run in progress is ended too
+
+    driver = Driver(options, script_arguments)
+    try:
+        rounds = driver.rounds()
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; the runs that ended are in {options.output}/runs")
+    first = rounds[0][options.ranks[0]].record
+    base, strong = options.ranks[0], options.mode == "strong"
+    rows = summarise(options.mode, rounds)
+    gpus = gpu_count() if "CPU" not in first["device"] else 0
+    for row in rows:
+        per_node = min(row["ranks"], options.ranks_per_node or row["ranks"])
+        row["shared"] = bool(sharing(per_node, options.threads, cores(), gpus))
+    result = {
+        "benchmark": "scaling",
+        "mode": options.mode,
+        "script": without_paths([options.script]),
+        "command": without_paths(["python", "benchmarks/scaling.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "git_commit": first["git_commit"],
+        "versions": first["versions"],
+        "hardware": hardware(first["device"]),
+        "omp_num_threads": options.threads,
+        "steps": options.steps,
+        "warmup_steps": options.warmup,
+        "repeats": options.repeats,
+        "unit": first["unit"],
+        "memory": "peak allocated on the GPU of rank 0" if gpus else "peak resident set of rank 0, libraries included",
+        "formulas": {
+            "speed_up": f"T({base}) / T(N)" if strong else (f"N · T({base}) / " + (f"({base} · T(N))" if base > 1 else "T(N)")),
+            "efficiency": (f"{base} · " * (base > 1) + f"T({base}) / (N · T(N))") if strong else f"T({base}) / T(N)",
+        },
+        "notes": driver.notes,
+        "rows": rows,
+    }
+    (options.output / "scaling.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    (options.output / "scaling.md").write_text(table(result) + "\n")
+    plot(result, options.output / "scaling.png")
+    print(f"\n{table(result)}\n\nresults: {options.output}/scaling.md, scaling.json, scaling.png", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Checkpoints: whole or not there, equal after loading, and one line for whatever is wrong with one."""
+
+import json
+
+import pytest
+
+CASES = "tests/common/checkpoint_cases.py"
+
+
+@pytest.mark.parametrize(("saved_at", "loaded_at"), [(1, 1), (2, 2), (3, 2), (2, 3), (4, 1)])
+def test_round_trip_at_any_world_size(group, tmp_path, saved_at, loaded_at):
+    before = group(saved_at)(CASES, "train_and_save", str(tmp_path))
+    after = group(loaded_at)(CASES, "load_into_fresh", str(tmp_path / "step_3"))
+    assert all(state == before[0] for state in before + after)  # hashes of weights and optimizer state
+
+
+@pytest.mark.parametrize("saved", ["plain", "ddp", "compiled"])
+@pytest.mark.parametrize("loaded", ["plain", "ddp", "compiled"])
+def test_names_are_those_of_the_bare_model(group, tmp_path, saved, loaded):
+    before = group(2)(CASES, "train_and_save", str(tmp_path), saved)
+    names = json.loads((tmp_path / "step_3" / "manifest.json").read_text())["parameters"]
+    assert not any("module." in name or "_orig_mod" in name for name in names)
+    after = group(2)(CASES, "load_into_fresh", str(tmp_path / "step_3"), loaded)
+    assert after == before
+
+
+def test_only_the_newest_committed_ones_stay(group, tmp_path):
+    (tmp_path / "step_1" / "shards-dead").mkdir(parents=True)  # a rank of a dead attempt was still writing here
+    folders = group(2)(CASES, "save_many", str(tmp_path), [2, 4, 6], 2)
+    assert folders[0] == ["step_4", "step_6"]
+    assert group(2)(CASES, "latest_step", str(tmp_path)) == ["step_6", "step_6"]
+
+
+def test_without_a_manifest_it_is_not_there(group, tmp_path):
+    group(2)(CASES, "save_many", str(tmp_path), [2, 4], 5)
+    (tmp_path / "step_4" / "manifest.json").unlink()  # as if killed before the commit
+    assert group(2)(CASES, "latest_step", str(tmp_path)) == ["step_2", "step_2"]
+
+
+def damage_truncate(folder):
+    shard = sorted(folder.glob("shards-*/__1_*.distcp"))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    return ["truncated or changed", shard.name]
+
+
+def damage_flip(folder):
+    shard = sorted(folder.glob("shards-*/__1_*.distcp"))[0]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    return ["checksum", shard.name]
+
+
+def damage_delete(folder):
+    shard = sorted(folder.glob("shards-*/__0_*.distcp"))[0]
+    shard.unlink()
+    return ["is missing", shard.name]
+
+
+def damage_metadata(folder):
+    next(folder.glob("shards-*/.metadata")).write_bytes(b"cos\nsystem\n(S'echo harm'\ntR.")
+    return [".metadata", "truncated or changed"]
+
+
+def damage_manifest(folder):
+    (folder / "manifest.json").write_text('{"step": 3')
+    return ["manifest.json", "not a manifest that this project wrote"]
+
+
+def damage_foreign(folder):
+    (folder / "manifest.json").write_text('{"version": 1, "files": ["a"]}')
+    return ["manifest.json", "not a manifest that this project wrote"]
+
+
+def damage_no_manifest(folder):
+    (folder / "manifest.json").unlink()
+    return ["no manifest.json"]
+
+
+@pytest.mark.parametrize("damage", [
+    damage_truncate, damage_flip, damage_delete, damage_metadata, damage_manifest, damage_foreign, damage_no_manifest,
+])  # fmt: skip
+def test_damaged(group, tmp_path, damage):
+    group(2)(CASES, "train_and_save", str(tmp_path))
+    words = damage(tmp_path / "step_3")
+    for code, line in group(2)(CASES, "load_fails", str(tmp_path / "step_3"), {}):
+        assert code == 2
+        assert len(line.strip().splitlines()) == 1
+        assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"width": 9}, ["another model", "0.bias", "[8] there", "[9] here"]),
+    ({"bias": False}, ["another model", "0.bias", "none"]),
+    ({"optimizer": "SGD"}, ["AdamW", "SGD", "optimizer.name"]),
+])  # fmt: skip
+def test_of_another_model(group, tmp_path, options, words):
+    group(2)(CASES, "train_and_save", str(tmp_path))
+    for code, line in group(2)(CASES, "load_fails", str(tmp_path / "step_3"), options):
+        assert code == 2
+        assert all(word in line for word in words), line
+
+
+def test_a_folder_that_cannot_be_written(group, tmp_path):
+    group(2)(CASES, "save_many", str(tmp_path), [2], 2)
+    (tmp_path / "step_4").write_text("a file where the folder should be")
+    for code, line in group(2)(CASES, "save_fails", str(tmp_path), 4):
+        assert code == 2
+        assert "could not be written" in line
+        assert "earlier checkpoints are untouched" in line
+    assert group(2)(CASES, "latest_step", str(tmp_path)) == ["step_2", "step_2"]

@@ -1,0 +1,185 @@
+"""Every launcher's environment, and what happens when it is wrong."""
+
+import pytest
+from conftest import free_port, run_command
+
+from common import ranks
+from common.ranks import Place, choose_device, read_environment
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "5"}
+SRUN = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+        "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}  # fmt: skip
+MPIRUN = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+          "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": "job-1"}  # fmt: skip
+MPIEXEC = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
+
+
+def without(environment, *names):
+    return {name: value for name, value in environment.items() if name not in names}
+
+
+def test_torchrun():
+    assert read_environment(TORCHRUN) == Place(3, 4, 1, 2, "torchrun", "a", 5)
+
+
+def test_srun_step(monkeypatch):
+    monkeypatch.setattr(ranks.shutil, "which", lambda name: None)  # as on a machine without scontrol
+    place = read_environment(SRUN)
+    assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (2, 4, 0, 2)
+    assert (place.launcher, place.master_addr) == ("srun", "node1")
+    other_step = read_environment(SRUN | {"SLURM_STEP_ID": "1"})
+    assert place.master_port != other_step.master_port  # two steps of one job may share a node
+    assert read_environment(SRUN | {"SLURM_PROCID": "3"}).master_port == place.master_port
+    assert read_environment(SRUN | {"MASTER_ADDR": "b", "MASTER_PORT": "9"}).master_addr == "b"
+
+
+@pytest.mark.parametrize(("nodelist", "host"), [
+    ("node[1-2]", "node1"), ("gpu[003,005-7]", "gpu003"), ("a,b", "a"), ("solo", "solo"), ("x,gpu[1-2]", "x"),
+])  # fmt: skip
+def test_first_host_without_scontrol(monkeypatch, nodelist, host):
+    monkeypatch.setattr(ranks.shutil, "which", lambda name: None)
+    assert ranks._first_host(nodelist) == host
+
+
+def test_plain_python_inside_a_slurm_allocation_is_one_process():
+    assert read_environment(without(SRUN, "SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID", "SLURM_PROCID")).world_size == 1
+    batch_script = SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}
+    assert read_environment(batch_script) == Place(0, 1, 0, 1, "python")
+
+
+def test_torchrun_inside_an_srun_step_is_torchrun():
+    assert read_environment(SRUN | TORCHRUN).launcher == "torchrun"
+
+
+def test_mpirun_and_mpiexec():
+    place = read_environment(MPIRUN)
+    assert (place.rank, place.world_size, place.local_rank, place.launcher) == (1, 2, 1, "mpirun")
+    assert place.master_addr == "localhost"
+    assert place.master_port != read_environment(MPIRUN | {"PMIX_NAMESPACE": "job-2"}).master_port
+    place = read_environment(MPIEXEC)
+    assert (place.rank, place.world_size, place.launcher) == (0, 2, "mpiexec")
+
+
+def test_nothing_set_is_one_process():
+    assert read_environment({}) == Place(0, 1, 0, 1, "python")
+
+
+@pytest.mark.parametrize(("environment", "words"), [
+    ({"RANK": "0"}, ["WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT", "RANK=0"]),
+    ({"WORLD_SIZE": "2"}, ["missing RANK"]),
+    (without(TORCHRUN, "MASTER_PORT"), ["missing MASTER_PORT"]),
+    (TORCHRUN | {"RANK": "x"}, ["RANK='x'", "whole number"]),
+    (TORCHRUN | {"RANK": "4"}, ["rank 4 of 4"]),
+    (TORCHRUN | {"MASTER_PORT": "http"}, ["MASTER_PORT='http'"]),
+    (without(SRUN, "SLURM_LOCALID"), ["SLURM_LOCALID"]),
+    (SRUN | {"WORLD_SIZE": "2"}, ["WORLD_SIZE=2", "4 tasks"]),
+    (without(MPIRUN, "OMPI_COMM_WORLD_LOCAL_RANK"), ["OMPI_COMM_WORLD_LOCAL_RANK"]),
+    (MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_SIZE": "4"}, ["several nodes", "MASTER_ADDR"]),
+    (without(MPIEXEC, "MPI_LOCALRANKID"), ["MPI_LOCALRANKID"]),
+])  # fmt: skip
+def test_half_set(capsys, environment, words):
+    with pytest.raises(SystemExit) as ended:
+        read_environment(environment)
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert all(word in lines[0] for word in words), lines
+
+
+class FakeCuda:
+    """Stands for `torch.cuda` with a number of visible GPUs; there are none on the machine that runs this test."""
+
+    def __init__(self, count):
+        self.count, self.current = count, None
+
+    def is_available(self):
+        return self.count > 0
+
+    def device_count(self):
+        return self.count
+
+    def set_device(self, index):
+        self.current = index
+
+
+@pytest.mark.parametrize(("gpus", "place", "index"), [
+    (4, Place(6, 8, 2, 4, "torchrun"), 2),
+    (1, Place(6, 8, 2, 4, "srun"), 0),  # --gpus-per-task=1: each task sees its own GPU as number 0
+    (1, Place(0, 1, 0, 1, "python"), 0),
+])  # fmt: skip
+def test_which_gpu(monkeypatch, gpus, place, index):
+    monkeypatch.delenv("DEVICE", raising=False)
+    cuda = FakeCuda(gpus)
+    monkeypatch.setattr(ranks.torch, "cuda", cuda)
+    assert choose_device("auto", place).index == index == cuda.current
+
+
+@pytest.mark.parametrize(("wanted", "gpus", "place", "environment", "words"), [
+    ("auto", 1, Place(1, 2, 1, 2, "torchrun"), {}, ["local rank 1", "1 visible GPU"]),
+    ("auto", 2, Place(2, 3, 2, 3, "srun"), {}, ["local rank 2", "2 visible GPU"]),
+    ("cuda", 0, Place(0, 1, 0, 1, "python"), {}, ["device=cuda", "no GPU"]),
+    ("auto", 0, Place(0, 1, 0, 1, "python"), {"SLURM_JOB_GPUS": "0,1"}, ["SLURM_JOB_GPUS=0,1", "DEVICE=cpu"]),
+    ("tpu", 0, Place(0, 1, 0, 1, "python"), {}, ["tpu", "auto, cpu, cuda"]),
+])  # fmt: skip
+def test_no_gpu_for_this_rank(monkeypatch, capsys, wanted, gpus, place, environment, words):
+    monkeypatch.delenv("DEVICE", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks.torch, "cuda", FakeCuda(gpus))
+    with pytest.raises(SystemExit):
+        choose_device(wanted, place)
+    line = capsys.readouterr().err
+    assert all(word in line for word in words), line
+
+
+def test_device_from_the_cluster_profile(monkeypatch):
+    monkeypatch.setenv("DEVICE", "cpu")
+    monkeypatch.setenv("SLURM_JOB_GPUS", "0,1")  # fake GPUs of the laptop cluster: allocated, but not there
+    assert choose_device("auto", Place(0, 1, 0, 1, "python")).type == "cpu"
+
+
+def test_a_script_for_one_process_refuses_two(launch):
+    result = launch("ddp/single_device.py", "--train.steps", "1", nproc=2, check=False)
+    assert result.returncode != 0
+    assert "is a script for one process, but torchrun started 2" in result.stderr
+
+
+JOIN = """
+import sys
+from common.ranks import join
+ranks = join("cpu", timeout_s=float(sys.argv[1]))
+ranks.leave()
+"""
+
+
+def test_port_in_use(tmp_path):
+    import socket
+
+    (tmp_path / "script.py").write_text(JOIN)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        rank0 = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        import sys
+
+        result = run_command([sys.executable, str(tmp_path / "script.py"), "20"], check=False, timeout=60, **rank0)
+    assert result.returncode == 2
+    assert f"port 127.0.0.1:{port} is in use" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_rank_that_never_comes(tmp_path):
+    import sys
+
+    (tmp_path / "script.py").write_text(JOIN)
+    rank0 = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    result = run_command([sys.executable, str(tmp_path / "script.py"), "3"], check=False, timeout=60, **rank0)
+    assert result.returncode == 2
+    assert "rank 0 of 2 could not join the others" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_rank0_goes_first(group, tmp_path):
+    orders = group(3)("tests/common/rank_cases.py", "rank0_first_order", str(tmp_path / "order"))
+    assert all(order[0] == "0" and sorted(order) == ["0", "1", "2"] for order in orders)

@@ -1,0 +1,55 @@
+"""What the ranks of a `group` run for the tests of ddp/."""
+
+import contextlib
+import io
+import runpy
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def train(script: str, arguments: list[str]) -> None:
+    """Run a lesson script as it stands, with these arguments, on this rank."""
+    sys.argv = [str(ROOT / script), *arguments]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def ends(script: str, arguments: list[str]) -> tuple[int, str]:
+    """The same for a script that must end with a message: its exit code, and what it wrote to stderr."""
+    stderr = io.StringIO()
+    code = 0
+    with contextlib.redirect_stderr(stderr):
+        try:
+            train(script, arguments)
+        except SystemExit as ended:
+            code = ended.code
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code, stderr.getvalue()
+
+
+train.joins_itself = ends.joins_itself = True
+
+
+def train_until(script: str, arguments: list[str], steps: int) -> None:
+    """Run a lesson script and tell it to stop when `steps` steps are done, as a signal would."""
+    from common.run import Run
+
+    log = Run.log
+
+    def log_and_stop(self, step, *rest):
+        if step == steps - 2:  # the wish travels with this step's numbers and is read with the next one's
+            self._stop_requested.set()
+        log(self, step, *rest)
+
+    Run.log = log_and_stop
+    try:
+        train(script, arguments)
+    finally:
+        Run.log = log
+
+
+train_until.joins_itself = True

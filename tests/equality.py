@@ -1,0 +1,49 @@
+"""Reading what a run left behind, to compare it with another run."""
+
+import json
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+# A transformer run that takes a second; what is proved does not depend on the width. 25 validation samples divide
+# among no number of ranks used in the tests: a padded evaluation would differ.
+SMALL = ["--model.width", "32", "--model.ffn_width", "48", "--model.layers", "2", "--data.sequence_length", "16",
+         "--data.validation_samples", "25", "--optimizer.warmup_steps", "3"]  # fmt: skip
+
+
+def read_rows(run: Path) -> list[dict]:
+    """The training rows of a run's metrics.jsonl, in order."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+def read_validation(run: Path) -> dict[int, float]:
+    """Validation losses of a run by the number of steps done."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+
+
+def read_checkpoint(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint by name: weights (`model.…`) and optimizer state (`optimizer.state.…`)."""
+    folder = run / "checkpoints" / f"step_{step}"
+    shards = folder / json.loads((folder / "manifest.json").read_text())["shards"]
+    entries = dcp.FileSystemReader(shards).read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if hasattr(entry, "properties")
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is no process group here is no surprise
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(shards), no_dist=True)
+    return tensors
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], prefix: str = "") -> float:
+    """The largest absolute difference between tensors of equal names; both must have the same names."""
+    assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())
+    names = [name for name in a if name.startswith(prefix) and a[name].is_floating_point()]
+    assert names, f"no tensor called {prefix}…"
+    return max((a[name].double() - b[name].double()).abs().max().item() for name in names)

@@ -1,0 +1,255 @@
+"""Check README commands without running them: shell syntax, files, options, values of our own settings."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import processes
+from docs_markdown import DocsError
+from readme_commands import Block, environment, logical_lines
+
+LAUNCHERS = {"mpirun", "mpiexec", "horovodrun", "deepspeed", "accelerate", "nsys", "py-spy"}
+PREFIXES = {"time", "exec", "nohup", "do", "then", "else", "if", "while", "!"}
+# Slurm options that take a value, as `--name=value` or as the next word; the others that a page may use.
+SLURM_VALUES = set(
+    "account array begin chdir comment constraint cpu-bind cpus-per-gpu cpus-per-task deadline "  # noqa: SIM905
+    "dependency "
+    "error exclude export gpus gpus-per-node gpus-per-task gres input job-name jobid kill-on-bad-exit "
+    "licenses mail-type mail-user mem mem-per-cpu mem-per-gpu mpi network nice nodelist nodes ntasks "
+    "ntasks-per-gpu ntasks-per-node open-mode output partition qos reservation signal switches time time-min "
+    "wait wckey wrap".split()
+)
+SLURM_FLAGS = set(
+    "contiguous exact exclusive hold immediate label no-requeue overcommit overlap "  # noqa: SIM905
+    "parsable pty quiet "
+    "requeue spread-job test-only unbuffered verbose".split()
+)
+SLURM_SHORT_VALUES = set("AaCcDdeGiJKLmNnopqtWwx")
+SLURM_SHORT_FLAGS = set("HlOQsuvX")
+
+
+def parse_problems(root: Path, block: Block) -> list[str]:
+    """What would go wrong with a block that is not run here: shell syntax, files, options, values."""
+    shell = subprocess.run(["bash", "-n"], input=block.script, capture_output=True, text=True)
+    if shell.returncode:
+        return [f"{block.where}: {shell.stderr.strip()}"]
+    problems: list[str] = []
+    here_document = re.compile(r"<<-?\s*['\"]?(\w+)['\"]?.*?\n\1\b", re.DOTALL)
+    for line in logical_lines(here_document.sub("", block.script)):
+        try:
+            for words in _simple_commands(line):
+                _check_command(root, words)
+        except DocsError as error:
+            problems.append(f"{block.where}: {error}")
+        except ValueError as error:  # quotes over several lines
+            problems.append(f"{block.where}: {line}: {error}; keep a quoted text on one line")
+    return problems
+
+
+def _simple_commands(line: str) -> list[list[str]]:
+    """The words of each command in a line, without redirections; `$(…)` counts as one unknown word."""
+    lexer = shlex.shlex(re.sub(r"\$\([^()]*\)", "$X", line), posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    commands: list[list[str]] = [[]]
+    skip = False
+    for word in lexer:
+        if re.fullmatch(r"[;&|()]+", word):
+            commands.append([])
+        elif re.fullmatch(r"[<>&]+", word):
+            if commands[-1] and commands[-1][-1].isdigit():  # the 2 of 2>
+                commands[-1].pop()
+            skip = True
+        elif skip:
+            skip = False
+        else:
+            commands[-1].append(word)
+    return [words for words in commands if words]
+
+
+def _check_command(root: Path, words: list[str]) -> None:
+    while words and (words[0] in PREFIXES or re.match(r"^\w+=", words[0])):
+        words = words[1:]
+    if not words or words[0] in ("for", "done", "fi", "case", "esac"):
+        return
+    _check_files(root, words)
+    program, rest = Path(words[0]).name, words[1:]
+    if program == "env":
+        _check_command(root, [w for w in rest if not w.startswith("-")])
+    elif program in ("srun", "sbatch", "salloc"):
+        _check_command_or_script(root, program, _after_slurm_options(program, rest))
+    elif program == "torchrun":
+        script, script_arguments, module = _after_torchrun_options(tuple(_filled(rest)))
+        _check_python(root, script, script_arguments, module)
+    elif re.fullmatch(r"python[\d.]*", program):
+        _check_interpreter(root, rest)
+    elif program in ("bash", "sh"):
+        rest = rest[next((i for i, w in enumerate(rest) if not w.startswith("-")), len(rest)) :]
+        if rest and "-c" not in words:
+            _check_shell_script(root, rest[0], rest[1:])
+    elif program == "make":
+        _check_make(root, rest)
+    elif program in LAUNCHERS:
+        at = next((i for i, word in enumerate(rest) if word.endswith(".py")), None)
+        if at is not None:
+            _check_python(root, rest[at], tuple(_filled(rest[at + 1 :])), module=False)
+    elif (root / words[0]).is_file() and words[0].endswith((".sh", ".sbatch")):
+        _check_shell_script(root, words[0], rest)
+
+
+def _filled(words: list[str]) -> list[str]:
+    """Words with every shell variable replaced by 1, so that options with a number still parse."""
+    return [re.sub(r"\$(\{[^}]*\}|\w+)", "1", word) for word in words]
+
+
+def _check_files(root: Path, words: list[str]) -> None:
+    """Every word that looks like a file of ours must be one; `/path/to/…`, `~`, `$X` are the reader's."""
+    for word in words:
+        path = word.split("=", 1)[1] if word.startswith("-") and "=" in word else word
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*\.(py|sh|sbatch|ya?ml|json|toml|ipynb|md|txt)", path):
+            continue
+        if path.startswith(("runs/", "-")) or path.endswith(("metrics.json", "hostfile.txt")):
+            continue
+        if not (root / path).exists():
+            raise DocsError(f"there is no file {path}")
+
+
+def _after_slurm_options(program: str, words: list[str]) -> list[str]:
+    """The command after the options of srun, sbatch or salloc. Raises DocsError for an unknown option."""
+    index = 0
+    while index < len(words) and words[index].startswith("-"):
+        word = words[index]
+        name = word.lstrip("-").split("=")[0]
+        if word.startswith("--"):
+            if name not in SLURM_VALUES | SLURM_FLAGS:
+                raise DocsError(f"{program} has no option --{name} that this check knows")
+            takes_next = name in SLURM_VALUES and "=" not in word and (program, name) != ("sbatch", "wait")
+        else:
+            flags = SLURM_SHORT_FLAGS | ({"W"} if program == "sbatch" else set())  # srun's takes seconds
+            if word[1] not in SLURM_SHORT_VALUES | flags:
+                raise DocsError(f"{program} has no option -{word[1]} that this check knows")
+            takes_next = word[1] not in flags and len(word) == 2
+        index += 2 if takes_next else 1
+    return words[index:]
+
+
+def _check_command_or_script(root: Path, program: str, words: list[str]) -> None:
+    if program == "sbatch" and words:
+        _check_shell_script(root, words[0], words[1:])
+    elif words:
+        _check_command(root, words)
+
+
+@cache
+def _after_torchrun_options(words: tuple[str, ...]) -> tuple[str, tuple[str, ...], bool]:
+    """(script, its arguments, is it a module) after torchrun's own options, by torchrun's own parser."""
+    from torch.distributed.run import get_args_parser
+
+    parser = get_args_parser()
+
+    def fail(message: str) -> None:
+        raise DocsError(f"torchrun: {message}")
+
+    parser.error = fail  # type: ignore[method-assign,assignment]
+    parsed = parser.parse_args(list(words))
+    return parsed.training_script, tuple(parsed.training_script_args), parsed.module
+
+
+def _check_interpreter(root: Path, words: list[str]) -> None:
+    index = 0
+    while index < len(words) and words[index].startswith("-"):
+        if words[index] == "-m" and index + 1 < len(words):
+            if words[index + 1] == "torch.distributed.run":
+                _check_command(root, ["torchrun", *words[index + 2 :]])
+            else:
+                _check_python(root, words[index + 1], tuple(_filled(words[index + 2 :])), module=True)
+            return
+        if words[index] in ("-c", "-"):
+            return
+        index += 2 if words[index] in ("-X", "-W") else 1
+    if index < len(words):
+        _check_python(root, words[index], tuple(_filled(words[index + 1 :])), module=False)
+
+
+def _check_make(root: Path, words: list[str]) -> None:
+    makefile = root / "Makefile"
+    if not makefile.is_file():
+        raise DocsError("there is no Makefile")
+    targets = {
+        t
+        for line in re.findall(r"^([\w .-]+):(?!=)", makefile.read_text(), re.MULTILINE)
+        for t in line.split()
+    }
+    for word in words:
+        if not word.startswith("-") and "=" not in word and word not in targets:
+            raise DocsError(f"the Makefile has no target {word}")
+
+
+def _check_shell_script(root: Path, script: str, arguments: list[str]) -> None:
+    """An sbatch or shell file of ours: it exists, and what it passes on fits the Python script it starts."""
+    if "$" in script or script.startswith(("/", "~")):
+        return
+    if not (root / script).is_file():
+        raise DocsError(f"there is no file {script}")
+    code = re.sub(r"^\s*#.*$", "", (root / script).read_text(), flags=re.MULTILINE)
+    passing_on = "\n".join(line for line in code.replace("\\\n", " ").split("\n") if '"$@"' in line)
+    started = set(re.findall(r"[\w./-]+\.py\b", passing_on) or re.findall(r"[\w./-]+\.py\b", code))
+    for name in started:
+        if not (root / name).is_file():
+            raise DocsError(f"{script} starts {name}, which does not exist")
+    if len(started) == 1 and arguments:
+        _check_python(root, started.pop(), tuple(_filled(arguments)), module=False)
+
+
+def _check_python(root: Path, script: str, arguments: tuple[str, ...], module: bool) -> None:
+    """One of our Python programs accepts `arguments`: by its own parser, without doing its work."""
+    if module:
+        path = root.joinpath(*script.split("."))
+        path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+        if not path.is_file():
+            return  # pip, pytest and the like
+    elif "$" in script or script.startswith(("/", "~")):
+        return
+    else:
+        path = root / script
+        if not path.is_file():
+            raise DocsError(f"there is no file {script}")
+    problem = _python_problem(root, path, arguments)
+    if problem:
+        raise DocsError(f"{script} {' '.join(arguments)}: {problem}")
+
+
+@cache
+def _python_problem(root: Path, path: Path, arguments: tuple[str, ...]) -> str | None:
+    """Ask the program itself: `--print_config` parses all values and exits, argparse lists the flags."""
+    code = path.read_text()
+    reads_config = re.search(
+        r"^\s*from common\.config import .*\bparse\b|\bconfig\.parse\(", code, re.MULTILINE
+    )
+    if not reads_config and "argparse" not in code:
+        return f"it takes no arguments, found {arguments[0]}" if arguments else None
+    relative = path.relative_to(root)
+    command = [sys.executable, str(relative)]
+    if (root / relative.parts[0] / "__init__.py").exists():
+        command = [sys.executable, "-m", ".".join(relative.with_suffix("").parts).removesuffix(".__main__")]
+    with tempfile.TemporaryDirectory() as folder:
+        surroundings = environment(folder)
+        surroundings["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+        if reads_config:
+            finished = processes.run([*command, *arguments, "--print_config"], 120, root, surroundings)
+            last = finished.output.strip().splitlines()[-1:] or ["it failed without a word"]
+            return None if finished.exit_code == 0 else last[0]
+        words = [word for word in arguments if not word.startswith("-")]
+        finished = processes.run([*command, "--help"], 120, root, surroundings)
+        if "{" in finished.output.split("\n\n")[0] and words:  # sub-commands have a help of their own
+            finished = processes.run([*command, words[0], "--help"], 120, root, surroundings)
+    if finished.exit_code != 0:
+        return (finished.output.strip().splitlines() or ["--help failed"])[-1]
+    for flag in (word.split("=")[0] for word in arguments if word.startswith("--")):
+        if not re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", finished.output):
+            return f"there is no option {flag}"
+    return None
