@@ -1,21 +1,22 @@
 """How a lesson script scales: the same training on 1, 2, 4 … ranks, as a table, a plot and a JSON file.
 
-    python benchmarks/scaling.py ddp/train.py                                    # strong scaling on 1, 2 and 4 ranks
-    python benchmarks/scaling.py ddp/train.py --mode weak --ranks 1 2 4 8        # the batch grows with the ranks
-    python benchmarks/scaling.py ddp/train.py --ranks 1 8 -- --config ddp/configs/gpt_124m.yaml --train.precision bf16
+    python benchmarks/scaling.py ddp/train.py                                # strong scaling on 1, 2, 4 ranks
+    python benchmarks/scaling.py ddp/train.py --mode weak --ranks 1 2 4 8    # the batch grows with the ranks
+    python benchmarks/scaling.py ddp/train.py --ranks 1 8 -- --config ddp/configs/gpt_124m.yaml
     python benchmarks/scaling.py ddp/train.py --ranks 8 16 32 --ranks-per-node 8 \\
-        --launch "srun --nodes={nodes} --ntasks={ranks} --ntasks-per-node=8 python"       # inside a Slurm job
+        --launch "srun --nodes={nodes} --ntasks={ranks} --ntasks-per-node=8 python"    # inside a Slurm job
 
-What stands after `--` goes to SCRIPT, any script that writes our run folder. The runs are interleaved (1, 2, 4, 1, 2,
-4, …), and each round is compared within itself, so that a machine that grows slower harms all rank counts alike.
+What stands after `--` goes to SCRIPT, any script that writes our run folder. The runs are interleaved
+(1, 2, 4, 1, 2, 4, …), and each round is compared within itself: a machine that slows down harms all alike.
 
-With T(N) the median time of a step on N ranks, and B the fewest ranks measured (1 unless --ranks says otherwise):
+With T(N) the median time of a step on N ranks, and B the fewest ranks measured (1, unless --ranks differs):
 
-    strong scaling, the global batch stays:          speed-up T(B) / T(N)            efficiency B · T(B) / (N · T(N))
-    weak scaling, the batch of each rank stays:      speed-up N · T(B) / (B · T(N))  efficiency T(B) / T(N)
+                                              speed-up               efficiency
+    strong scaling, the global batch stays    T(B) / T(N)            B · T(B) / (N · T(N))
+    weak scaling, each rank's batch stays     N · T(B) / (B · T(N))  T(B) / T(N)
 
-Both efficiencies are throughput(N) / (N / B · throughput(B)). In weak scaling the ideal is a time per step that stays
-the same; tokens per second grow with N.
+Both efficiencies are throughput(N) / (N / B · throughput(B)). In weak scaling the ideal is a time per step
+that stays the same; tokens per second grow with N.
 """
 
 import argparse
@@ -56,21 +57,30 @@ class Measured:
     record: dict[str, Any]  # run.json
 
 
-# ------------------------------------------------------------------------------------------------- arithmetic
+# ------------------------------------------------------------------------------------------------ arithmetic
 
 
 def efficiency(mode: str, base_ranks: int, base_seconds: float, ranks: int, seconds: float) -> float:
     """The share of ideal scaling that is reached, 1.0 is ideal; times are seconds per step.
 
-    Strong scaling: N ranks share the work of one step, and ideally take base_ranks / ranks of the time. Weak scaling:
-    each rank does the same work whatever their number, and ideally takes the same time.
+    Strong scaling: the ranks share the work of one step, and ideally take base_ranks / ranks of the time.
+    Weak scaling: each rank does the same work whatever their number, and ideally takes the same time.
     """
     return base_seconds / seconds * (base_ranks / ranks if mode == "strong" else 1.0)
 
 
 def speed_up(mode: str, base_ranks: int, base_seconds: float, ranks: int, seconds: float) -> float:
-    """How many times the throughput of `base_ranks` is reached; ideally ranks / base_ranks, in both modes."""
+    """Throughput as a multiple of that of `base_ranks`; ideally ranks / base_ranks, in both modes."""
     return efficiency(mode, base_ranks, base_seconds, ranks, seconds) * ranks / base_ranks
+
+
+def formulas(mode: str, base: int) -> dict[str, str]:
+    """The texts for `speed_up` and `efficiency` as formulas; T(N) is the median time of a step on N ranks."""
+    ratio, shared, grown = f"T({base}) / T(N)", f"T({base}) / (N · T(N))", f"N · T({base}) / T(N)"
+    if base > 1:
+        shared, grown = f"{base} · {shared}", f"N · T({base}) / ({base} · T(N))"
+    strong = mode == "strong"
+    return {"speed_up": ratio if strong else grown, "efficiency": shared if strong else ratio}
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -105,20 +115,25 @@ def summarise(mode: str, rounds: list[dict[int, Measured]]) -> list[dict[str, An
 
 
 def sharing(ranks: int, threads: int, cores: int, gpus: int) -> str | None:
-    """A plain word where the ranks of one node outnumber its devices; `gpus` is 0 where ranks run on the CPU."""
+    """A plain word where the ranks of one node outnumber its devices; gpus=0: they run on the CPU."""
     if gpus and ranks > gpus:
-        return f"{ranks} ranks share {gpus} GPU{'s' * (gpus != 1)}: this measures sharing, not scaling"
+        return f"{ranks} ranks share {plural(gpus, 'GPU')}: this measures sharing, not scaling"
     if not gpus and ranks * threads > cores:
-        who = f"{ranks} rank{'s' * (ranks != 1)}" + (f" of {threads} threads" if threads > 1 else "")
-        return f"{who} share {cores} core{'s' * (cores != 1)}: this measures sharing, not scaling"
+        who = plural(ranks, "rank") + (f" of {threads} threads" if threads > 1 else "")
+        return f"{who} share {plural(cores, 'core')}: this measures sharing, not scaling"
     return None
 
 
-# ----------------------------------------------------------------------------------------------- running and reading
+def plural(count: int, noun: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+# --------------------------------------------------------------------------------------- running and reading
 
 
 def launch_command(script: str, ranks: int, template: str | None, ranks_per_node: int, plain: bool) -> list[str]:
-    """The command line that starts `script` on so many ranks: `plain` python, torchrun, or the user's own template."""
+    """What starts `script` on so many ranks: `plain` python, torchrun, or the user's own template."""
     if template:
         nodes = math.ceil(ranks / ranks_per_node)
         filled = template.replace("{ranks}", str(ranks)).replace("{nodes}", str(nodes))
@@ -146,7 +161,7 @@ def execute(command: list[str], threads: int, log: Path) -> int:
 
 
 def cause(output: str) -> str:
-    """The line of a failed run's output that says why: our scripts print `error: …` or `[rank N] error: …`."""
+    """The line of a failed run's output that says why; our scripts print `[rank N] error: …`."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     ours = [line for line in lines if re.match(r"(\[rank \d+\] )?error: ", line)]
     python = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b: ", line.split("]: ")[-1])]
@@ -164,10 +179,10 @@ def read_run(folder: Path, warmup: int) -> Measured:
         lines = (folder / "metrics.jsonl").read_text().splitlines()
     except FileNotFoundError as error:
         name = Path(str(error.filename)).name
-        fail(f"the script ended well but wrote no {name} under --run_name; expected a run folder as common/run.py makes it")
+        fail(f"the script ended well but left no {name} in {folder}; expected a run folder of common/run.py")
     rows = [row for row in map(json.loads, lines) if "step_seconds" in row]
     if len(rows) <= warmup:
-        fail(f"the run has {len(rows)} steps, of which {warmup} are warm-up; nothing is left to measure: raise --steps")
+        fail(f"the run made {len(rows)} steps, {warmup} of them warm-up: nothing is left; raise --steps")
     return Measured(
         ranks=record["world_size"],
         units_per_step=record["units_per_step"],
@@ -186,7 +201,7 @@ def base_batch(script: str, arguments: list[str]) -> int:
         return int(yaml.safe_load(finished.stdout)["batch"]["global_size"])
     except (yaml.YAMLError, TypeError, KeyError, ValueError):
         said = cause(finished.stderr or finished.stdout)
-        fail(f"weak scaling needs batch.global_size, but `{script} --print_config` does not show it: {said}")
+        fail(f"weak scaling needs batch.global_size, and `{script} --print_config` does not show it: {said}")
 
 
 class Driver:
@@ -208,28 +223,30 @@ class Driver:
         """Run the script once. Ends the program where it fails, with its own words."""
         options, runs = self.options, self.options.output / "runs"
         name = f"{options.mode}-{ranks}-ranks-round-{repeat + 1}"
-        ours = ["--train.steps", str(options.steps), "--run_name", name, "--runs_dir", str(runs), "--resume", "never"]
-        batch = ["--batch.global_size", str(ranks * self.weak_base)] if self.weak_base else []
+        ours = [f"--train.steps={options.steps}", f"--run_name={name}", f"--runs_dir={runs}", "--resume=never"]
+        batch = [f"--batch.global_size={ranks * self.weak_base}"] if self.weak_base else []
         log = options.output / f"{name}.log"
         plain = ranks == 1 and self.plain_python
-        command = launch_command(options.script, ranks, options.launch, options.ranks_per_node or ranks, plain)
+        per_node = min(ranks, options.ranks_per_node or ranks)
+        command = launch_command(options.script, ranks, options.launch, per_node, plain)
         code = execute([*command, *self.arguments, *batch, *ours], options.threads, log)
-        if code and plain and "torchrun" in log.read_text():  # it says that it must be started otherwise
+        refused = code and plain and not (runs / name).exists() and "torchrun" in log.read_text()
+        if refused:  # it did not begin, and says how it wants to be started
             self.plain_python = False
             self.note("the script does not start with plain python: torchrun starts 1 rank too")
             return self.run(ranks, repeat)
         if code:
             output = log.read_text()
-            what = f"{options.script} on {ranks} rank{'s' * (ranks != 1)} failed in round {repeat + 1} (exit code {code})"
+            where = f"on {plural(ranks, 'rank')}, round {repeat + 1}"
+            what = f"{options.script} failed ({where}, exit code {code})"
             end = "\n".join(f"  | {line}" for line in output.rstrip().splitlines()[-15:])
-            sys.exit(f"error: {what}: {cause(output)}\nthe end of its output, all of it in {log}:\n{end}")
+            sys.exit(f"error: {what}: {cause(output)}\nthe end of its output (all of it: {log}):\n{end}")
         log.unlink()
         measured = read_run(runs / name, options.warmup)
         shutil.rmtree(runs / name / "checkpoints", ignore_errors=True)  # of no further use, and large
         if measured.ranks != ranks:
             fail(f"asked for {ranks} ranks, but the run says {measured.ranks}; check --launch")
         on_gpu = "CPU" not in measured.record["device"]
-        per_node = min(ranks, options.ranks_per_node or ranks)
         self.note(sharing(per_node, options.threads, cores(), gpu_count() if on_gpu else 0))
         return measured
 
@@ -239,18 +256,19 @@ class Driver:
         jobs = [(repeat, ranks) for repeat in range(self.options.repeats) for ranks in self.options.ranks]
         bar = tqdm(jobs, unit="run", disable=None)
         for repeat, ranks in bar:
-            bar.set_description(f"round {repeat + 1}, {ranks} rank{'s' * (ranks != 1)}")
+            bar.set_description(f"round {repeat + 1}, {plural(ranks, 'rank')}")
             if repeat == len(found):
                 found.append({})
             found[repeat][ranks] = self.run(ranks, repeat)
         weak = self.options.mode == "weak"
         work = {run.units_per_step / (run.ranks if weak else 1) for one in found for run in one.values()}
         if len(work) > 1:
-            fail(f"the runs did different work {'per rank' if weak else 'a step'}: {sorted(work)}; this is no {self.options.mode} scaling")
+            what = "units per rank and step" if weak else "units per step"
+            fail(f"the runs had different {what}, {sorted(work)}: this is no {self.options.mode} scaling")
         return found
 
 
-# -------------------------------------------------------------------------------------------- what the numbers belong to
+# -------------------------------------------------------------------------------- what the numbers belong to
 
 
 def cores() -> int:
@@ -266,19 +284,27 @@ def gpu_count() -> int:
 
 
 def hardware(device: str) -> dict[str, Any]:
-    """The processor and its cores, memory, and GPUs, without the machine's name. `device`: as run.json calls it."""
+    """Processor, cores, memory and GPUs, not the machine's name; `device` as run.json calls it."""
     model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file() and (found := re.search(r"^model name\s*:\s*(.*)$", cpuinfo.read_text(), re.MULTILINE)):
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    if found := re.search(r"^model name\s*:\s*(.*)$", cpuinfo, re.MULTILINE):
         model = " ".join(found[1].split())
-    about: dict[str, Any] = {"cpu": model, "cores": cores(), "memory_gib": round(psutil.virtual_memory().total / 2**30, 1)}
+    memory = round(psutil.virtual_memory().total / 2**30, 1)
+    about: dict[str, Any] = {"cpu": model, "cores": cores(), "memory_gib": memory}
     return about | ({} if "CPU" in device else {"gpu": device, "gpus": gpu_count()})
+
+
+def busy(load: float) -> str | None:
+    """A warning where other programs were at work; `load`: the load average before we began."""
+    if load < 0.25 * cores():
+        return None
+    return f"measured on a shared machine: load average {load:.1f} on {plural(cores(), 'core')} beforehand"
 
 
 def in_words(about: dict[str, Any]) -> str:
     """`hardware` as a reader likes it."""
     gpus = f"{about['gpus']} × {about['gpu']}, " if "gpu" in about else ""
-    return f"{gpus}{about['cpu']}, {about['cores']} core{'s' * (about['cores'] != 1)}, {about['memory_gib']:.0f} GiB"
+    return f"{gpus}{about['cpu']}, {plural(about['cores'], 'core')}, {about['memory_gib']:.0f} GiB"
 
 
 def without_paths(words: list[str]) -> str:
@@ -295,7 +321,7 @@ def without_paths(words: list[str]) -> str:
     return shlex.join(map(shorten, words))
 
 
-# ------------------------------------------------------------------------------------------------------------- output
+# ---------------------------------------------------------------------------------------------------- output
 
 
 def table(result: dict[str, Any]) -> str:
@@ -335,14 +361,14 @@ def table(result: dict[str, Any]) -> str:
         f"- speed-up = {result['formulas']['speed_up']}; efficiency = {result['formulas']['efficiency']}; "
         "T: median time of a step",
         f"- {in_words(result['hardware'])}; {versions}; commit {result['git_commit']}; {result['date']}",
-        *(f"- {'* ' if 'share' in note else ''}{note}" for note in result["notes"]),
+        *(f"- {'* ' if 'measures sharing' in note else ''}{note}" for note in result["notes"]),
         f"- `{result['command']}`",
     ]
     return "\n".join(lines)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Throughput beside the ideal line, and efficiency, into a PNG; rank counts that share devices are shaded."""
+    """Throughput beside the ideal line, and efficiency, into a PNG; shaded where ranks share devices."""
     from matplotlib.figure import Figure  # without pyplot: no window system is touched
 
     rows, unit = result["rows"], result["unit"]
@@ -354,7 +380,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         middle = [row[key]["median"] * factor for row in rows]
         below = [m - row[key]["min"] * factor for m, row in zip(middle, rows, strict=True)]
         above = [row[key]["max"] * factor - m for m, row in zip(middle, rows, strict=True)]
-        axes.errorbar(ranks, middle, yerr=[below, above], fmt="o-", color="#1f6fb4", capsize=4, label="measured", zorder=3)
+        style = {"fmt": "o-", "color": "#1f6fb4", "capsize": 4, "label": "measured", "zorder": 3}
+        axes.errorbar(ranks, middle, yerr=[below, above], **style)
 
     first = rows[0]["units_per_second"]["median"]
     ideal = [first * count / ranks[0] for count in ranks]
@@ -367,8 +394,16 @@ def plot(result: dict[str, Any], path: Path) -> None:
     right.set(ylabel="efficiency, %", title="Efficiency")
     for row in rows:
         value = row["efficiency"]["median"] * 100
-        at = (row["ranks"], row["efficiency"]["min"] * 100)
-        right.annotate(f"{value:.0f} %", at, (0, -8), textcoords="offset points", ha="center", va="top", fontsize=9)
+        right.annotate(
+            f"{value:.0f} %",
+            (row["ranks"], row["efficiency"]["min"] * 100),
+            (0, -9),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=9,
+            bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.85},
+        )
     highest = max(row["efficiency"]["max"] for row in rows)
     right.set_ylim(0, 100 * max(1.1, highest + 0.05))
 
@@ -382,7 +417,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         if shared:
             own = max((count for count in ranks if count < shared[0]), default=shared[0])
             start = (own * shared[0]) ** 0.5 if many else (own + shared[0]) / 2
-            axes.axvspan(start, axes.get_xlim()[1], color="#d9822b", alpha=0.13, label="ranks share devices", zorder=0)
+            end = axes.get_xlim()[1]
+            axes.axvspan(start, end, color="#d9822b", alpha=0.13, label="ranks share devices", zorder=0)
         axes.set_xticks(ranks, [str(count) for count in ranks])
         axes.minorticks_off()
         axes.set_xlabel("ranks")
@@ -395,8 +431,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     left.legend(loc="upper left")
     constant = "global batch" if result["mode"] == "strong" else "batch of each rank"
     size = rows[0]["units_per_step"] // (1 if result["mode"] == "strong" else ranks[0])
-    figure.suptitle(f"{result['script']}, {result['mode']} scaling: {constant} {size:,} {unit}\n", fontsize=12)
-    figure.text(0.5, 0.925, f"{in_words(result['hardware'])}; {result['date'][:10]}", ha="center", fontsize=8.5, color="0.35")
+    title = f"{result['script']}, {result['mode']} scaling: {constant} {size:,} {unit}"
+    figure.suptitle(f"{title}\n{in_words(result['hardware'])}; {result['date'][:10]}", fontsize=11)
     figure.savefig(path)
 
 
@@ -410,24 +446,28 @@ def parse_arguments(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("script", metavar="SCRIPT", help="a lesson script that writes our run folder, such as ddp/train.py")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="rank counts (default: 1 2 4)")
-    parser.add_argument("--mode", choices=["strong", "weak"], default="strong", help="what stays the same (default: strong)")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds over all rank counts (default: 3)")
-    parser.add_argument("--steps", type=int, default=30, help="training steps of each run (default: 30)")
-    parser.add_argument("--warmup", type=int, default=5, help="first steps that do not count (default: 5)")
-    parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS of every rank, at every rank count (default: 1)")
-    parser.add_argument("--output", type=Path, help="folder for the results (default: a new one beside the run folders)")
-    parser.add_argument("--launch", metavar="TEMPLATE", help="command that starts SCRIPT, with {ranks} and {nodes} filled in")
-    parser.add_argument("--ranks-per-node", type=int, help="to fill in {nodes} (default: all ranks on one node)")
+    add = parser.add_argument
+    add("script", metavar="SCRIPT", help="a lesson script that writes our run folder, such as ddp/train.py")
+    add("--ranks", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="rank counts (default: 1 2 4)")
+    add("--mode", choices=["strong", "weak"], default="strong", help="what stays the same (default: strong)")
+    add("--repeats", type=int, default=3, help="rounds over all rank counts (default: 3)")
+    add("--steps", type=int, default=30, help="training steps of each run (default: 30)")
+    add("--warmup", type=int, default=5, help="first steps that do not count (default: 5)")
+    add("--threads", type=int, default=1, help="OMP_NUM_THREADS of each rank, at all counts (default: 1)")
+    add("--output", type=Path, help="folder for the results (default: a new one beside the run folders)")
+    add("--launch", metavar="TEMPLATE", help="what starts SCRIPT, with {ranks} and {nodes} filled in")
+    add("--ranks-per-node", type=int, help="to fill in {nodes} (default: all ranks on one node)")
     options = parser.parse_args(own)
     if not Path(options.script).is_file():
         fail(f"there is no script {options.script} (looked in {Path.cwd()}); name one, such as ddp/train.py")
+    if options.launch and not shutil.which(program := shlex.split(options.launch)[0]):
+        fail(f"--launch: there is no program {program} here; expected a command such as srun or mpirun")
     for name in ("repeats", "steps", "threads", "ranks_per_node"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(options, name)} cannot work; allowed: 1 or more")
     if min(options.ranks) < 1 or len(set(options.ranks)) < len(options.ranks):
-        fail(f"--ranks {' '.join(map(str, options.ranks))} cannot work; allowed: different numbers, each 1 or more")
+        given = " ".join(map(str, options.ranks))
+        fail(f"--ranks {given} cannot work; allowed: different numbers, each 1 or more")
     if not 0 <= options.warmup < options.steps:
         fail(f"--warmup {options.warmup} leaves no step of --steps {options.steps} to measure; raise --steps")
     for word in script_arguments:
@@ -450,15 +490,17 @@ def main() -> None:
         fail(f"--output {options.output}: {error.strerror}; choose a folder you can write to")
     if (options.output / "runs").exists():
         fail(f"--output {options.output} holds a measurement already; choose another folder")
+    load = os.getloadavg()[0]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run in progress is ended too
 
     driver = Driver(options, script_arguments)
+    driver.note(busy(load))
     try:
         rounds = driver.rounds()
     except KeyboardInterrupt:
         sys.exit(f"stopped; the runs that ended are in {options.output}/runs")
     first = rounds[0][options.ranks[0]].record
-    base, strong = options.ranks[0], options.mode == "strong"
+    base = options.ranks[0]
     rows = summarise(options.mode, rounds)
     gpus = gpu_count() if "CPU" not in first["device"] else 0
     for row in rows:
@@ -478,11 +520,8 @@ def main() -> None:
         "warmup_steps": options.warmup,
         "repeats": options.repeats,
         "unit": first["unit"],
-        "memory": "peak allocated on the GPU of rank 0" if gpus else "peak resident set of rank 0, libraries included",
-        "formulas": {
-            "speed_up": f"T({base}) / T(N)" if strong else (f"N · T({base}) / " + (f"({base} · T(N))" if base > 1 else "T(N)")),
-            "efficiency": (f"{base} · " * (base > 1) + f"T({base}) / (N · T(N))") if strong else f"T({base}) / T(N)",
-        },
+        "memory": f"peak of rank 0, {'allocated on the GPU' if gpus else 'resident, libraries included'}",
+        "formulas": formulas(options.mode, base),
         "notes": driver.notes,
         "rows": rows,
     }

@@ -21,7 +21,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from common.ranks import Ranks, fail
 
@@ -37,7 +42,9 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.keep < 1:
-            raise ValueError(f"checkpoint.every = {self.every} must be 0 or more, and checkpoint.keep = {self.keep} at least 1")
+            raise ValueError(
+                f"checkpoint.every = {self.every} must be 0 or more, and checkpoint.keep = {self.keep} at least 1"
+            )
 
 
 def _sync_folder(folder: Path) -> None:
@@ -160,7 +167,9 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / "manifest.json"
     if not path.is_file():
-        raise ValueError(f"{checkpoint} holds no manifest.json: not a checkpoint of this project, or one never finished")
+        raise ValueError(
+            f"{checkpoint} holds no manifest.json: not a checkpoint of this project, or one never finished"
+        )
     try:
         manifest = json.loads(path.read_text())
         for name, entry in manifest["files"].items():
@@ -171,7 +180,9 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
                 raise ValueError(f"{file} {state}, the manifest says {entry['bytes']}; use another checkpoint")
         assert {"step", "parameters", "optimizer", "extra"} <= manifest.keys()
     except (KeyError, TypeError, AttributeError, AssertionError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a manifest that this project wrote ({type(error).__name__}: {error})") from None
+        raise ValueError(
+            f"{path} is not a manifest that this project wrote ({type(error).__name__}: {error})"
+        ) from None
     return manifest
 
 
@@ -186,7 +197,8 @@ def load(
     Raises:
         SystemExit: (exit code 2, on all ranks) truncated, changed, foreign, or of another model or optimizer.
     """
-    manifest, problem = None, None
+    manifest: Any = None
+    problem: str | None = None
     if ranks.is_main:
         try:
             manifest = read_manifest(checkpoint)
@@ -194,14 +206,17 @@ def load(
             problem = str(error)
     _fail_together(problem)
     manifest = ranks.broadcast(manifest)
-    assert isinstance(manifest, dict)
     shards = checkpoint / manifest["shards"]
     names = sorted(manifest["files"])[ranks.rank :: ranks.world_size]  # each rank checks its share of the files
     try:
         bad = [name for name in names if _checksum(shards / name) != manifest["files"][name]]
-        problem = f"{shards / bad[0]} does not have the checksum of its manifest; use another checkpoint" if bad else None
+        problem = (
+            f"{shards / bad[0]} does not have the checksum of its manifest; use another checkpoint" if bad else None
+        )
     except OSError as error:
-        problem = f"checkpoint {checkpoint} cannot be read on rank {ranks.rank}: {error}; is it on a shared file system?"
+        problem = (
+            f"checkpoint {checkpoint} cannot be read on rank {ranks.rank}: {error}; is it on a shared file system?"
+        )
     _fail_together(problem)
 
     state = _state(model, optimizer)
@@ -209,10 +224,10 @@ def load(
     for name in sorted(ours.keys() | manifest["parameters"].keys()):
         mine, theirs = ours.get(name, "none"), manifest["parameters"].get(name, "none")
         if mine != theirs:
-            fail(f"{checkpoint} is of another model: {name} has shape {theirs} there, {mine} here; check the model settings")
+            fail(f"{checkpoint} is of another model: {name} has shape {theirs} there, {mine} here; check model.*")
     kind = type(optimizer).__name__ if optimizer else None
     if optimizer and kind != manifest["optimizer"]:
-        fail(f"{checkpoint} holds the state of {manifest['optimizer']}, this run uses {kind}; set optimizer.name to match")
+        fail(f"{checkpoint} is of {manifest['optimizer']}, this run uses {kind}; set optimizer.name to match")
     dcp.load(state, storage_reader=dcp.FileSystemReader(shards))
     if optimizer is None:
         set_model_state_dict(model, state["model"])

@@ -10,6 +10,7 @@ the program with one line and exit code 2, on every rank, before any process gro
 
 import dataclasses
 import difflib
+import itertools
 import json
 import os
 import re
@@ -98,6 +99,12 @@ class Config(RunConfig):
     data: TextConfig = field(default_factory=TextConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        longest = f"at most model.max_sequence = {self.model.max_sequence}; set that too for more"
+        length = self.data.sequence_length
+        _check(length <= self.model.max_sequence, "data.sequence_length", length, longest)
+
 
 def _check(condition: bool, key: str, value: object, allowed: str) -> None:
     if not condition:
@@ -135,7 +142,7 @@ def _unknown_key(source: str, key: str, value: object, known: dict[str, dataclas
 
 
 def _config_files(arguments: list[str]) -> list[str]:
-    follows = [value for flag, value in zip(arguments, arguments[1:], strict=False) if flag == "--config"]
+    follows = [value for flag, value in itertools.pairwise(arguments) if flag == "--config"]
     return follows + [a.split("=", 1)[1] for a in arguments if a.startswith("--config=")]
 
 
@@ -180,7 +187,7 @@ ConfigT = TypeVar("ConfigT")
 
 
 def parse(config_class: type[ConfigT], arguments: list[str] | None = None) -> ConfigT:
-    """Read the settings: the defaults of `config_class`, then `--config FILE`, then overrides such as `--train.steps 50`.
+    """Read the settings: the defaults of `config_class`, then `--config FILE`, then overrides (`--train.steps 50`).
 
     Args:
         config_class: a dataclass whose fields are values or dataclasses.

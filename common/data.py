@@ -71,14 +71,26 @@ class TokenDataset:
 
     def fingerprint(self) -> str:
         """A short hash of the content (of its ends and length, where the array is large)."""
-        ends = self.tokens if len(self.tokens) < 2**27 else np.concatenate([self.tokens[: 2**20], self.tokens[-(2**20) :]])
+        ends = (
+            self.tokens if len(self.tokens) < 2**27 else np.concatenate([self.tokens[: 2**20], self.tokens[-(2**20) :]])
+        )
         return f"{len(self.tokens)}:{hashlib.sha256(np.ascontiguousarray(ends).tobytes()).hexdigest()[:16]}"
 
 
 def standard_library_files() -> list[Path]:
     """The source files of Python's standard library, in a fixed order, without its tests and bundled tools."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "ensurepip", "pydoc_data"}
+    skip = {
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "site-packages",
+        "dist-packages",
+        "turtledemo",
+        "ensurepip",
+        "pydoc_data",
+    }
     files = (path for path in root.rglob("*.py") if not skip & set(path.relative_to(root).parts))
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
@@ -106,13 +118,13 @@ def text_datasets(config: TextConfig, vocabulary: int) -> tuple[TokenDataset, To
         train, validation, needed = _open_token_folder(Path(str(config.path)))
     elif config.path:
         if not Path(config.path).is_file():
-            fail(f"data.path = {config.path}: no such text file; give a UTF-8 text file, or leave it out for the embedded text")
+            fail(f"data.path = {config.path}: no such file; give a UTF-8 text, or leave it out for the embedded one")
         text = np.frombuffer(Path(config.path).read_bytes(), dtype=np.uint8)
         train, validation = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
     else:
         train, validation = _embedded_text()
     if needed > vocabulary:
-        fail(f"the text has a vocabulary of {needed}, the model only {vocabulary}; set --model.vocabulary {needed} or more")
+        fail(f"the text has a vocabulary of {needed}, the model {vocabulary}; set --model.vocabulary {needed} or more")
     length = config.sequence_length
     return TokenDataset(train, length, needed), TokenDataset(validation, length, needed, config.validation_samples)
 
@@ -121,7 +133,7 @@ def _open_token_folder(folder: Path) -> tuple[np.ndarray, np.ndarray, int]:
     missing = [name for name in ("meta.json", "train.bin", "validation.bin") if not (folder / name).is_file()]
     if missing:
         fail(
-            f"data.path = {folder}: looked for meta.json, train.bin and validation.bin, missing {', '.join(missing)}; make "
+            f"data.path = {folder}: no {', '.join(missing)} there (meta.json, train.bin, validation.bin are needed); make "
             f"them with: python -m common.data tokenize --input TEXT --output {folder}"
         )
     try:
@@ -130,7 +142,9 @@ def _open_token_folder(folder: Path) -> tuple[np.ndarray, np.ndarray, int]:
         for split in ("train", "validation"):
             size = (folder / f"{split}.bin").stat().st_size
             if size != counts[split] * dtype.itemsize:
-                fail(f"{folder}/{split}.bin has {size} bytes, meta.json says {counts[split]} tokens of {dtype}; make it again")
+                fail(
+                    f"{folder}/{split}.bin has {size} bytes, meta.json says {counts[split]} {dtype} tokens; make it again"
+                )
     except (KeyError, TypeError, ValueError) as error:
         fail(f"{folder}/meta.json is not what python -m common.data tokenize writes ({error!r}); make it again")
     train, validation = (np.memmap(folder / f"{split}.bin", dtype=dtype, mode="r") for split in ("train", "validation"))
@@ -184,7 +198,9 @@ class ImageConfig:
         if self.source != "digits" and not self.path:
             raise ValueError(f"data.source = {self.source} needs data.path, the folder with its files")
         if self.workers < 0 or (self.image_size is not None and self.image_size < 8):
-            raise ValueError(f"data.workers = {self.workers} must be 0 or more, data.image_size = {self.image_size} at least 8")
+            raise ValueError(
+                f"data.workers = {self.workers} must be 0 or more, data.image_size = {self.image_size} at least 8"
+            )
 
 
 class ImageDataset:
@@ -214,8 +230,11 @@ class _ImageFiles:
     def __getitem__(self, index: int) -> Any:
         from PIL import Image
 
-        with Image.open(self.paths[index]) as image:
-            return image.convert("RGB")
+        try:
+            with Image.open(self.paths[index]) as image:
+                return image.convert("RGB")
+        except OSError as error:
+            fail(f"{self.paths[index]} cannot be read as an image ({error}); replace or remove it")
 
 
 def image_datasets(config: ImageConfig) -> tuple[ImageDataset, ImageDataset, int]:
@@ -240,23 +259,28 @@ def image_datasets(config: ImageConfig) -> tuple[ImageDataset, ImageDataset, int
         is_validation = np.arange(len(images)) % 5 == 4
         transform = v2.Compose([resize, v2.Normalize([0.5], [0.5])])
         train, validation = (
-            ImageDataset(images[mask], digits.target[mask], transform, augments=False) for mask in (~is_validation, is_validation)
+            ImageDataset(images[mask], digits.target[mask], transform, augments=False)
+            for mask in (~is_validation, is_validation)
         )
         return train, validation, 10
     builder = {"mnist": tv.MNIST, "cifar10": tv.CIFAR10}[config.source]
     try:
         sets = [builder(root=str(config.path), train=part, download=False) for part in (True, False)]
-    except RuntimeError:
+    except (RuntimeError, ValueError, AssertionError, OSError):  # torchvision's ways to say missing or damaged
+        name = builder.__name__
+        fetch = f"from torchvision.datasets import {name}; {name}('{config.path}', download=True)"
         fail(
-            f"data.path = {config.path}: no {builder.__name__} files there; fetch them once, where there is internet: python -c "
-            f"\"from torchvision.datasets import {builder.__name__}; {builder.__name__}('{config.path}', download=True)\""
+            f"data.path = {config.path}: no {name} there, or a damaged one; fetch it once, where there is "
+            f'internet: python -c "{fetch}"'
         )
     size = config.image_size or (28 if config.source == "mnist" else 32)
     mean, std = ([0.1307], [0.3081]) if config.source == "mnist" else ([0.491, 0.482, 0.447], [0.247, 0.243, 0.262])
     plain = [*to_tensor, v2.Resize(size), v2.Normalize(mean, std)]
     augments = config.augment and config.source == "cifar10"  # a mirrored digit is another digit
     random = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()] if augments else []
-    pictures = [torch.as_tensor(np.asarray(part.data)) for part in sets]  # MNIST (n, 28, 28), CIFAR-10 (n, 32, 32, 3) uint8
+    pictures = [
+        torch.as_tensor(np.asarray(part.data)) for part in sets
+    ]  # MNIST (n, 28, 28), CIFAR-10 (n, 32, 32, 3) uint8
     pictures = [p.unsqueeze(1) if p.ndim == 3 else p.permute(0, 3, 1, 2).contiguous() for p in pictures]
     return (
         ImageDataset(pictures[0], sets[0].targets, v2.Compose([*random, *plain]), augments),
@@ -271,7 +295,7 @@ def _folder_datasets(config: ImageConfig, to_tensor: list[Any]) -> tuple[ImageDa
 
     root, size = Path(str(config.path)), config.image_size or 224
     if not ((root / "train").is_dir() and (root / "val").is_dir()):
-        fail(f"data.path = {root}: looked for train/CLASS/*.jpg and val/CLASS/*.jpg, as ImageNet and Tiny ImageNet unpack")
+        fail(f"data.path = {root}: looked for train/CLASS/*.jpg and val/CLASS/*.jpg, as ImageNet unpacks")
     annotations = root / "val" / "val_annotations.txt"  # Tiny ImageNet keeps its validation labels in a file
     try:
         train = ImageFolder(str(root / "train"))
@@ -281,7 +305,7 @@ def _folder_datasets(config: ImageConfig, to_tensor: list[Any]) -> tuple[ImageDa
         else:
             folder = ImageFolder(str(root / "val"))
             if folder.classes != train.classes:
-                fail(f"{root}/val has {len(folder.classes)} classes, {root}/train {len(train.classes)}; they must be the same")
+                fail(f"{root}/val has {len(folder.classes)} classes, train {len(train.classes)}; they must be the same")
             validation = folder.samples
     except (FileNotFoundError, KeyError) as error:
         fail(f"data.path = {root}: not a tree of images by class ({error})")
@@ -294,7 +318,7 @@ def _folder_datasets(config: ImageConfig, to_tensor: list[Any]) -> tuple[ImageDa
         paths, labels = [path for path, _ in samples], [label for _, label in samples]
         return ImageDataset(_ImageFiles(paths), labels, v2.Compose([*transforms, *normalize]), augments)
 
-    return dataset(train.samples, random, config.augment), dataset(validation, center, False), len(train.classes)
+    return (dataset(train.samples, random, config.augment), dataset(validation, center, False), len(train.classes))
 
 
 # ----------------------------------------------------------------------------------------------------- command line
@@ -315,7 +339,9 @@ def _documents(inputs: list[str], column: str) -> Iterator[str]:
             found = datasets.load_from_disk(name) if path.is_dir() else datasets.load_dataset(name, split="train")
             rows = found["train"] if isinstance(found, dict) else found
             if column not in rows.column_names:
-                fail(f"--input {name}: no column {column!r}; it has {', '.join(rows.column_names)}: choose with --column")
+                fail(
+                    f"--input {name}: no column {column!r}; it has {', '.join(rows.column_names)}: choose with --column"
+                )
         except (OSError, ValueError) as error:
             fail(f"--input {name}: neither a text file nor a Hugging Face data set: {error}")
         yield from (row[column] for row in rows)
@@ -347,7 +373,7 @@ def main() -> None:
         except (OSError, ValueError) as error:
             fail(f"--tokenizer {arguments.tokenizer}: {str(error).splitlines()[0]}")
         end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        encode, vocabulary = (lambda text: tokenizer.encode(text, add_special_tokens=False) + end), len(tokenizer)
+        encode, vocabulary = ((lambda text: tokenizer.encode(text, add_special_tokens=False) + end), len(tokenizer))
     documents = tqdm(_documents(arguments.input, arguments.column), desc="tokenizing", unit=" documents")
     try:
         counts = write_token_folder(documents, encode, vocabulary, arguments.output, arguments.tokenizer)

@@ -95,9 +95,7 @@ def _arithmetic(precision: str) -> str:
     return "tf32" if precision == "fp32" and torch.get_float32_matmul_precision() != "highest" else precision
 
 
-def mfu(
-    tokens_per_second: float, flops_per_token: float, peak_per_device: float | None, devices: int
-) -> float | None:
+def mfu(tokens_per_second: float, flops_per_token: float, peak_per_device: float | None, devices: int) -> float | None:
     """MFU, 1 being the peak of all `devices`, whose tokens are counted together; None without a peak."""
     if peak_per_device is None:
         return None

@@ -110,8 +110,7 @@ def save_hugging_face(model: Transformer, folder: str | Path) -> None:
     """Write model.safetensors and config.json, as `from_pretrained` of transformers reads them."""
     config, folder = model.config, Path(folder)
     weights = {
-        name: tensor.detach().contiguous().cpu()
-        for name, tensor in to_hugging_face(model.state_dict(), config).items()
+        name: tensor.detach().contiguous().cpu() for name, tensor in to_hugging_face(model.state_dict(), config).items()
     }
     kind = "mixtral" if config.experts else "llama"
     rope = {theirs: getattr(config, ours) for ours, theirs in _ROPE_FIELDS.items()}

@@ -47,9 +47,7 @@ class OptimizerConfig:
             found = f"optimizer.milestones = {self.milestones}"
             raise ValueError(f"{found} must be steps from 1 on, in rising order")
         if self.nesterov and (self.name != "sgd" or self.betas[0] == 0):
-            raise ValueError(
-                "optimizer.nesterov = true needs optimizer.name = sgd and optimizer.betas[0] above 0"
-            )
+            raise ValueError("optimizer.nesterov = true needs optimizer.name = sgd and optimizer.betas[0] above 0")
 
 
 def build_optimizer(

@@ -221,7 +221,9 @@ def choose_device(wanted: str, place: Place) -> torch.device:
         allocated = {n: os.environ[n] for n in ("SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES") if os.environ.get(n)}
         if allocated:
             shown = " ".join(f"{name}={value}" for name, value in allocated.items())
-            fail(f"GPUs are allocated ({shown}) but CUDA finds none; check the driver with nvidia-smi, or set DEVICE=cpu")
+            fail(
+                f"GPUs are allocated ({shown}) but CUDA finds none; check the driver with nvidia-smi, or set DEVICE=cpu"
+            )
         if wanted == "cuda":
             fail("device=cuda was asked for but CUDA finds no GPU; check nvidia-smi, or use --device cpu")
         return torch.device("cpu")
@@ -231,7 +233,7 @@ def choose_device(wanted: str, place: Place) -> torch.device:
         index = 0  # --gpus-per-task and its like: every task sees its own GPU as number 0
     else:
         fail(
-            f"local rank {place.local_rank} has no GPU: {place.local_world_size} processes but {gpus} visible GPU(s) on "
+            f"local rank {place.local_rank} has no GPU: {place.local_world_size} processes, {gpus} visible GPU(s) on "
             f"this node; start one process per GPU, or use --device cpu"
         )
     torch.cuda.set_device(index)
@@ -247,8 +249,8 @@ def single_process(device: str = "auto") -> Ranks:
     place = read_environment()
     if place.world_size > 1:
         fail(
-            f"{sys.argv[0]} is a script for one process, but {place.launcher} started {place.world_size}; start it with "
-            f"plain python, or use ddp/train.py"
+            f"{sys.argv[0]} is a script for one process, but {place.launcher} started {place.world_size}; start it "
+            f"with plain python, or use ddp/train.py"
         )
     return Ranks(0, 1, 0, 1, place.launcher, choose_device(device, place))
 

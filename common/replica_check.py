@@ -52,6 +52,7 @@ def check_replicas(model: torch.nn.Module, step: int, group: dist.ProcessGroup |
     if found := differing_replicas(model, group):
         name, ranks = found
         fail(
-            f"after step {step} the ranks hold different weights: first in {name}, on rank(s) {', '.join(map(str, ranks))}; "
-            f"a gradient was not reduced on all ranks (no_sync around the last micro-batch? parameters changed by hand?)"
+            f"after step {step} the ranks hold different weights: first in {name}, on rank(s) "
+            f"{', '.join(map(str, ranks))}; a gradient was not reduced on all ranks (no_sync around the last "
+            f"micro-batch?), or a parameter was changed by hand"
         )

@@ -1,10 +1,10 @@
 """One run, one folder: the metric line, the progress bar, when to stop, when to save, and the summary.
 
-    runs/<name>/config.yaml      the resolved settings
-                run.json         framework, versions, hosts, mesh, git commit, data fingerprint
-                metrics.jsonl    one object a step; evaluations have val_loss
-                checkpoints/     step_N/, see common/checkpoint.py
-                loss.png         the curve
+runs/<name>/config.yaml      the resolved settings
+            run.json         framework, versions, hosts, mesh, git commit, data fingerprint
+            metrics.jsonl    one object a step; evaluations have val_loss
+            checkpoints/     step_N/, see common/checkpoint.py
+            loss.png         the curve
 """
 
 import json
@@ -89,15 +89,19 @@ class Run:
         self.rows: list[dict[str, Any]] = []
         self.validation: dict[int, float] = {}
 
-        answer: Any = self._open_folder() if ranks.is_main else None
-        self.folder, self._resume_from, problem = ranks.broadcast(answer)  # type: ignore[misc]
+        answer: Any = ranks.broadcast(self._open_folder() if ranks.is_main else None)
+        self.folder: Path = answer[0]
+        self._resume_from: Path | None = answer[1]
+        problem: str | None = answer[2]
         if problem:
             fail(problem)
         if ranks.is_main:
             self._write_run_record(strategy, mesh or {"data": ranks.world_size}, fingerprint)
         stop_signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         self._handlers = {number: signal.signal(number, self._on_signal) for number in stop_signals}
-        self._bar = tqdm(total=config.train.steps, unit="step", disable=None if ranks.is_main else True, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=config.train.steps, unit="step", disable=None if ranks.is_main else True, dynamic_ncols=True
+        )
         self._clock = time.perf_counter()
 
     # ---------------------------------------------------------------------------------------- the folder
@@ -120,7 +124,7 @@ class Run:
                 before, now = yaml.safe_load((folder / "config.yaml").read_text()), to_dict(self.config)
                 changed = [key for key in MUST_MATCH if _lookup(before, key) != _lookup(now, key)]
                 if self.config.resume == "never":
-                    return None, None, f"run {folder} exists already, and resume = never; choose another run_name"
+                    return (None, None, f"run {folder} exists already, and resume = never; choose another run_name")
                 if start and changed:
                     return None, None, (
                         f"run {folder} was made with other settings of {', '.join(changed)}; go on with the same ones "
@@ -132,11 +136,14 @@ class Run:
         except ValueError as error:
             return None, None, f"resume = {self.config.resume}: {error}"
         except OSError as error:
-            return None, None, f"run folder {folder}: {error.strerror}; choose a folder you can write to with --runs_dir"
+            return (
+                None,
+                None,
+                f"run folder {folder}: {error.strerror}; choose a folder you can write to with --runs_dir",
+            )
         return folder, start, None
 
     def _write_run_record(self, strategy: str, mesh: dict[str, int], fingerprint: str | None) -> None:
-        assert self.folder is not None
         ranks = self.ranks
         accelerator = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
         self.record = {
@@ -153,7 +160,11 @@ class Run:
             "peak_flops": self.peak_flops,
             "data_fingerprint": fingerprint,
             "git_commit": _git_commit(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": metadata.version("numpy")},
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "numpy": metadata.version("numpy"),
+            },
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         (self.folder / "run.json").write_text(json.dumps(self.record, indent=1) + "\n")
@@ -172,9 +183,17 @@ class Run:
             self.first_step = self._done = manifest["step"]
         if not self.ranks.is_main:
             return
-        rows = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")] if metrics.exists() else []
+        rows = (
+            [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
+            if metrics.exists()
+            else []
+        )
         self.rows = [row for row in rows if "loss" in row and row["step"] < self.first_step]
-        kept = [row for row in rows if row["step"] < self.first_step or ("val_loss" in row and row["step"] == self.first_step)]
+        kept = [
+            row
+            for row in rows
+            if row["step"] < self.first_step or ("val_loss" in row and row["step"] == self.first_step)
+        ]
         self.validation = {row["step"]: row["val_loss"] for row in kept if "val_loss" in row}
         metrics.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._metrics = open(metrics, "a", buffering=1)  # noqa: SIM115  (closed in finish; a line at a time is on disk)
@@ -184,7 +203,9 @@ class Run:
         self.say(f"{self.ranks.world_size} process(es) on {self.record['device']}, run folder {self.folder}")
         if self.flops_per_unit:
             peak = f"{self.peak_flops / 1e12:.0f} TFLOP/s" if self.peak_flops else "unknown for this device, so no MFU"
-            self.say(f"{self.flops_per_unit / 1e6:.3g} MFLOP per {self.unit[:-1]} (see common/flops.py); peak per device: {peak}")
+            self.say(
+                f"{self.flops_per_unit / 1e6:.3g} MFLOP per {self.unit[:-1]} (common/flops.py); peak per device: {peak}"
+            )
 
     def _open_tensorboard(self) -> Any:
         if self.config.wandb:
@@ -192,7 +213,9 @@ class Run:
                 import wandb
             except ImportError:
                 fail("--wandb true needs the package wandb: pip install wandb")
-            wandb.init(name=self.folder.name, dir=self.folder, config=to_dict(self.config), resume="allow", id=self.folder.name)
+            wandb.init(
+                name=self.folder.name, dir=self.folder, config=to_dict(self.config), resume="allow", id=self.folder.name
+            )
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -292,10 +315,13 @@ class Run:
         if self.ranks.is_main:
             self._write_step(step, loss, float(grad_norm), lr, seconds)
         if not math.isfinite(loss):
-            fail(f"the loss is {loss} at step {step}; lower optimizer.lr, or look at the data; the last checkpoint is untouched")
+            fail(
+                f"the loss is {loss} at step {step}; lower optimizer.lr, or look at the data; checkpoints are untouched"
+            )
 
     def _write_step(self, step: int, loss: float, grad_norm: float, lr: float, seconds: float) -> None:
         rate = self.units_per_step / seconds
+        memory = peak_memory_bytes(self.ranks.device)
         utilisation = None
         if self.flops_per_unit and self.peak_flops:
             utilisation = flops.mfu(rate, self.flops_per_unit, self.peak_flops, self.ranks.world_size)
@@ -308,15 +334,15 @@ class Run:
             "step_seconds": seconds,
             f"{self.unit}_per_second": rate,
             "mfu": utilisation,
-            "peak_memory_bytes": peak_memory_bytes(self.ranks.device),
+            "peak_memory_bytes": memory,
         }
         self.rows.append(row)
         self._emit(row)
         if step % self.config.train.log_every == 0 or step + 1 == self.config.train.steps:
             mfu = f"  mfu {utilisation:.1%}" if utilisation else ""
             self.say(
-                f"step {step:>5}  loss {loss:.4f}  grad norm {grad_norm:.3f}  lr {lr:.2e}  {rate:,.0f} {self.unit}/s{mfu}  "
-                f"peak memory {row['peak_memory_bytes'] / 2**30:.2f} GiB"
+                f"step {step:>5}  loss {loss:.4f}  grad norm {grad_norm:.3f}  lr {lr:.2e}  {rate:,.0f} {self.unit}/s{mfu}"
+                f"  peak memory {memory / 2**30:.2f} GiB"
             )
 
     def wants_evaluation(self, step: int) -> bool:

@@ -80,7 +80,8 @@ class ModelConfig:
         for field, value in (_UNLESS_PRESET | PRESETS[self.preset]).items():
             if getattr(self, field) is None:
                 setattr(self, field, value)
-        if self.head_size is None and self.heads > 0 and self.width % self.heads == 0:
+        head_size: Any = self.head_size  # None unless given
+        if head_size is None and self.heads > 0 and self.width % self.heads == 0:
             self.head_size = self.width // self.heads
         for field, value in dataclasses.asdict(self).items():
             least = 0 if field == "experts" else 1 if isinstance(value, int) else 1e-12

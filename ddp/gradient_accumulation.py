@@ -128,8 +128,8 @@ def main(config: AccumulationConfig) -> None:
     plan = BatchPlan(config.batch, len(train_set), config.seed, ranks.rank, ranks.world_size)
     if plan.accumulation < 2:
         fail(
-            f"batch.global_size = {config.batch.global_size} over {ranks.world_size} ranks in micro-batches of "
-            f"{plan.micro_size} is one for each rank: nothing to accumulate; make batch.global_size larger"
+            f"batch.global_size = {config.batch.global_size} in micro-batches of {plan.micro_size} is one "
+            f"for each of {ranks.world_size} ranks: nothing to accumulate; make batch.global_size larger"
         )
     one_batch = replace(plan, batch=BatchConfig(config.batch.global_size))  # all samples of a rank at once
     whole_batch = replace(one_batch, rank=0, world_size=1)  # all samples of all ranks at once

@@ -1,16 +1,17 @@
 """What all tests share: scripts started as users start them, and groups of ranks that are started once."""
 
+import contextlib
 import importlib.util
 import os
 import pickle
 import selectors
-import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytest_plugins = ["plugin_rooms"]
@@ -47,8 +48,20 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
+def kill_tree(process: subprocess.Popen) -> None:
+    """Kill a process and all that descend from it: torchrun's workers live in sessions of their own."""
+    try:
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(family, timeout=10)
+
+
 def run_command(command: list[str], timeout: float = 120, check: bool = True, **environment: str):
-    """Run a command from the repository root; at the timeout its whole process group is killed."""
+    """Run a command from the repository root; at the timeout it and its descendants are killed."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -57,12 +70,11 @@ def run_command(command: list[str], timeout: float = 120, check: bool = True, **
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
     )
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_tree(process)
         out, err = process.communicate()
         pytest.fail(f"{' '.join(command)} did not end within {timeout} s\n{out[-2000:]}\n{err[-4000:]}")
     if check and process.returncode != 0:
@@ -126,7 +138,9 @@ class Group:
                 if not ready:
                     missing = sorted(set(range(self.size)) - set(answers))
                     self.stop(kill=True)
-                    pytest.fail(f"{path}:{function}: rank(s) {missing} gave no answer in {timeout} s; others: {answers}")
+                    pytest.fail(
+                        f"{path}:{function}: rank(s) {missing} gave no answer in {timeout} s; others: {answers}"
+                    )
                 for key, _ in ready:
                     try:
                         answers[key.data] = pickle.load(key.fileobj)

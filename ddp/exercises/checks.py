@@ -55,7 +55,7 @@ def check_shard_the_data(module: ModuleType, rank: int, world_size: int) -> None
                 expect(
                     [sample for part in cut for sample in part] == shares[r]
                     and all(len(p) == 2 for p in cut),
-                    f"my_micro_batches(step={step}, global_size=24, micro_size=2) on rank {r} of {ranks}: {cut}",
+                    f"my_micro_batches({step}, 24, micro_size=2) on rank {r} of {ranks} gives {cut}",
                     f"the share {shares[r]} in pieces of 2, in order",
                     "cut the share of this rank, not the global batch",
                 )
@@ -221,10 +221,14 @@ def check_accumulate_correctly(module: ModuleType, rank: int, world_size: int) -
             "one all-reduce per bucket and step",
             "the last micro-batch must be outside no_sync",
         )
+        expect(
+            loss is not None and not torch.isnan(torch.as_tensor(loss)),
+            f"step {step}: accumulate returned {loss} on rank {rank}",
+            "a number",
+            "the mean over no valid target is 0/0: take the sum of the losses, and divide once",
+        )
         name, difference = largest_difference(found, expected)
         hint = "sum of losses x world size / valid targets of the global batch; count them with an all_reduce"
-        if difference != difference:
-            hint = "a mean over no valid target is 0/0; use reduction='sum'"
         expect(
             difference <= 1e-12,
             f"step {step}: the gradient of {name} on rank {rank} is off by {difference:.1e}",
@@ -238,7 +242,7 @@ def check_accumulate_correctly(module: ModuleType, rank: int, world_size: int) -
             "is the forward inside no_sync as well? It is the forward that decides",
         )
         expect(
-            loss is not None and abs(float(loss) - expected_loss.item()) <= 1e-12,
+            abs(float(loss) - expected_loss.item()) <= 1e-12,
             f"step {step}: accumulate returned {loss} on rank {rank}",
             f"{expected_loss.item():.15f} on all ranks",
             "sum the losses over micro-batches and over ranks, then divide by the global count",

@@ -46,7 +46,9 @@ def test_agrees_with_6n_plus_attention(preset, parameters_without_embedding):
 
 
 def test_forward_flops_of_a_convolutional_network():
-    module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(512, 10))
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(512, 10)
+    )
     before = module[1].running_mean.clone()
     convolution, linear = 2 * 8 * 8 * 8 * 3 * 3 * 3, 2 * 512 * 10
     assert forward_flops(module, torch.randn(4, 3, 8, 8)) == 4 * (convolution + linear)
@@ -107,4 +109,6 @@ def test_explain_shows_formula_convention_and_peak(monkeypatch):
     assert "full sequence (PaLM, appendix B)" in lines[1]
     assert lines[2] == "peak: not known for CPU in fp32, so no MFU"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 PCIe")
-    assert explain(config, 1024, "cuda", "bf16").splitlines()[2] == "peak: 756 TFLOP/s, dense bf16, per NVIDIA H100 PCIe"
+    assert (
+        explain(config, 1024, "cuda", "bf16").splitlines()[2] == "peak: 756 TFLOP/s, dense bf16, per NVIDIA H100 PCIe"
+    )

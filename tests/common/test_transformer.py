@@ -217,7 +217,7 @@ def test_positions_are_relative_and_can_be_given():
 
 
 def test_too_long_a_sequence_is_refused():
-    with pytest.raises(ValueError, match="sequence of 33 tokens; expected at most model.max_sequence = 32"):
+    with pytest.raises(ValueError, match=r"sequence of 33 tokens; expected at most model\.max_sequence = 32"):
         Transformer(DENSE)(torch.zeros(1, 33, dtype=torch.int64))
 
 

@@ -1,7 +1,6 @@
 """A run that was interrupted anywhere, and goes on, is the run that was not."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -9,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, clean_environment
+from conftest import ROOT, clean_environment, kill_tree
 from equality import SMALL, largest_difference, read_checkpoint, read_rows, read_validation
 
 CASES = "tests/ddp/cases.py"
@@ -57,7 +56,9 @@ def test_same_world_size_is_bitwise(group, undisturbed, tmp_path, precision):
     assert read_validation(tmp_path / "run") == read_validation(whole)
 
 
-@pytest.mark.parametrize(("script", "world_size"), [("ddp/single_device.py", 1), ("ddp/train.py", 3), ("ddp/train.py", 4)])
+@pytest.mark.parametrize(
+    ("script", "world_size"), [("ddp/single_device.py", 1), ("ddp/train.py", 3), ("ddp/train.py", 4)]
+)
 def test_another_world_size_goes_on_with_the_same_training(group, undisturbed, tmp_path, script, world_size):
     whole = undisturbed("fp64")
     options = ["--train.precision", "fp64", "--resume", str(whole / "checkpoints" / "step_6")]
@@ -82,7 +83,7 @@ def test_nothing_to_do_is_said(launch, group, undisturbed):
 def start(folder, name, *more):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "ddp/train.py"]
     return subprocess.Popen([*command, *arguments(folder, name, *more)], cwd=ROOT, env=clean_environment(DEVICE="cpu"),
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)  # fmt: skip
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
 
 def wait_for_checkpoint(process, run, timeout=90):
@@ -101,8 +102,8 @@ def test_killed_in_mid_run(launch, group, tmp_path):
     process = start(tmp_path, "killed", *LONG)
     wait_for_checkpoint(process, tmp_path / "killed")
     time.sleep(0.15)  # somewhere in the steps and saves that follow
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_tree(process)
+    process.communicate()
     committed = max(int(m.parent.name[5:]) for m in (tmp_path / "killed").glob("checkpoints/step_*/manifest.json"))
     steps = committed + 4
     after = ["--train.steps", "400", "--train.precision", "fp64"]

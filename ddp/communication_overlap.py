@@ -1,0 +1,405 @@
+"""What overlaps with what: DDP's buckets, and the all-reduces that run while backward is still computing.
+
+    torchrun --nproc-per-node=2 ddp/communication_overlap.py                   # half a minute on a laptop
+    torchrun --nproc-per-node=8 ddp/communication_overlap.py --model.preset gpt_124m --bucket_cap_mb 25 \
+        --batch.global_size 64 --data.sequence_length 1024                     # eight GPUs
+
+One step, forward and backward, in ten settings that differ in one thing each: all-reduce by hand after backward,
+DDP with large and small buckets, gradients as views into the buckets, a static graph, hooks that compress. The
+settings take turns, so that a busy machine slows all of them alike. Messages and bytes are counted where they
+enter the process group; times come from a hook that notes when a bucket is full and when it is averaged. The
+output folder gets results.json, a timeline (timeline.png), and traces for ui.perfetto.dev or chrome://tracing.
+
+On one machine whose cores compute *and* communicate, overlap gains little or nothing: there is no waiting to hide.
+It pays where the network keeps the ranks waiting. Linux makes such a network without a second machine and without
+root, in a network namespace that ends with the command:
+
+    unshare --user --map-root-user --net sh -c 'ip link set lo mtu 1500 up
+        tc qdisc add dev lo root tbf rate 300mbit burst 64kb limit 16mb
+        torchrun --nproc-per-node=2 ddp/communication_overlap.py'
+"""
+
+import copy
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from common.config import parse
+from common.data_sharding import BatchConfig, BatchPlan, derive_seed
+from common.ranks import Ranks, fail, join
+from common.transformer import ModelConfig, Transformer
+
+WARM_UP_STEPS = 3  # the first backward knows one bucket only; from the second on they are what was asked for
+
+Hook = Callable[[Any, dist.GradBucket], torch.futures.Future[torch.Tensor]]
+Interval = tuple[float, float]  # milliseconds since backward began
+
+
+@dataclass
+class Steps:
+    steps: int = 10
+    """Timed steps of each setting."""
+
+
+@dataclass
+class Batch:
+    global_size: int = 8
+    """Samples per step over all ranks."""
+
+
+@dataclass
+class RandomText:
+    sequence_length: int = 128
+    """Random tokens per sample: their meaning changes neither times nor bytes."""
+
+
+@dataclass
+class OverlapConfig:
+    bucket_cap_mb: float = 1.0
+    """DDP's limit for a bucket, in MiB; a quarter of it, torch's default and no limit at all are tried too."""
+    output: str | None = None
+    """Folder to write to; by default a new one under runs, or under the variable RUNS_DIR."""
+    train: Steps = field(default_factory=Steps)
+    batch: Batch = field(default_factory=Batch)
+    data: RandomText = field(default_factory=RandomText)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    seed: int = 1234
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        length, longest = self.data.sequence_length, self.model.max_sequence
+        if self.bucket_cap_mb <= 0 or self.train.steps < 1 or not 1 <= length <= longest:
+            raise ValueError(
+                f"bucket_cap_mb = {self.bucket_cap_mb} must be above 0, train.steps = {self.train.steps} at least 1, "
+                f"and data.sequence_length = {length} 1 to model.max_sequence = {longest}"
+            )
+
+
+def bf16_hook(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Send the gradients as bf16. torch has a bf16_compress_hook, which works with NCCL only; this one is as short."""
+    rounded = bucket.buffer().to(torch.bfloat16).div_(dist.get_world_size())
+    future = dist.all_reduce(rounded, async_op=True).get_future()
+    return future.then(lambda averaged: bucket.buffer().copy_(averaged.value()[0]))
+
+
+def all_settings(cap: float) -> list["Setting"]:
+    """Each differs in one thing from the one named `buckets of … MiB`."""
+    power_sgd = PowerSGDState(None, matrix_approximation_rank=2, start_powerSGD_iter=2)  # arXiv 1905.13727
+    limit = {"bucket_cap_mb": cap}
+    return [
+        Setting("by hand, after backward", limit, by_hand=True),
+        Setting("one bucket", {"bucket_cap_mb": 2**20}),
+        Setting("default buckets (1, then 25 MiB)", {}),
+        Setting(f"buckets of {cap:g} MiB", limit),
+        Setting(f"buckets of {cap / 4:g} MiB", {"bucket_cap_mb": cap / 4}),
+        Setting(f"{cap:g} MiB, gradient_as_bucket_view", limit | {"gradient_as_bucket_view": True}),
+        Setting(f"{cap:g} MiB, static_graph", limit | {"static_graph": True}),
+        Setting(f"{cap:g} MiB, fp16 hook", limit, fp16_compress_hook),
+        Setting(f"{cap:g} MiB, bf16 hook", limit, bf16_hook),
+        Setting(f"{cap:g} MiB, PowerSGD hook, rank 2", limit, powerSGD_hook, power_sgd),
+    ]
+
+
+@dataclass
+class StepTimes:
+    """One step, in milliseconds since its backward began."""
+
+    forward_start: float
+    compute_end: float  # the last gradient is computed; DDP's backward() returns after the last all-reduce only
+    end: float
+    all_reduces: list[Interval]  # by bucket, from full to averaged: waiting in line and for other ranks included
+
+    @property
+    def step_ms(self) -> float:
+        return self.end - self.forward_start
+
+    @property
+    def share_inside_backward(self) -> float:
+        """Of the time in which some bucket was under way, the part in which backward was computing too."""
+        under_way = inside = reached = 0.0
+        for start, end in sorted(self.all_reduces):
+            start, reached = max(start, reached), max(end, reached)
+            under_way += max(0.0, reached - start)
+            inside += max(0.0, min(reached, self.compute_end) - start)
+        return inside / under_way
+
+
+class Wire(TorchDispatchMode):
+    """Counts the bytes of every all-reduce that enters a process group, whoever starts it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.message_bytes: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.c10d.allreduce_.default:
+            self.message_bytes.append(sum(tensor.nbytes for tensor in args[0]))
+        return function(*args, **(kwargs or {}))
+
+
+class Setting:
+    """One way to average gradients: a copy of the model under DDP, and what is seen of its steps."""
+
+    def __init__(
+        self, name: str, options: dict[str, Any], hook: Hook = allreduce_hook, state: Any = None, by_hand: bool = False
+    ) -> None:
+        self.name, self.options, self.hook, self.state, self.by_hand = name, options, hook, state, by_hand
+        self.buckets: list[list[torch.nn.Parameter]] = []  # in the order in which DDP sends them
+        self.bucket_bytes: dict[int, int] = {}  # by address
+        self.message_bytes: list[int] = []
+        self.times: list[StepTimes] = []
+
+    def prepare(self, model: Transformer, text: torch.Tensor, ranks: Ranks) -> None:
+        """Wrap a copy of the model, let DDP settle on its buckets, and count the messages of one step."""
+        self.text, self.ranks, self.settled = text, ranks, False
+        self.ddp_model = DistributedDataParallel(
+            copy.deepcopy(model), device_ids=ranks.device_ids, **self.options
+        )
+        self.ddp_model.register_comm_hook(None, self.timed_hook)
+        for _ in range(WARM_UP_STEPS):
+            self.buckets, self.bucket_bytes = [], {}
+            self.step()
+        self.settled = True
+        with Wire() as wire:
+            self.step()
+        self.message_bytes = wire.message_bytes
+        self.times.clear()
+
+    def timed_hook(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """DDP calls this when a bucket is full, and goes on with backward while the future is not there yet."""
+        full = self.now()
+        if not self.settled:
+            self.buckets.append(bucket.parameters())
+            self.bucket_bytes[bucket.buffer().untyped_storage().data_ptr()] = bucket.buffer().nbytes
+
+        def averaged(future: torch.futures.Future[torch.Tensor]) -> torch.Tensor:
+            self.marks.append((full, self.now()))
+            return future.value()
+
+        return self.hook(self.state, bucket).then(averaged)
+
+    def step(self) -> None:
+        """Forward and backward; what happened when goes to `times`."""
+        tokens, targets = self.text[:, :-1], self.text[:, 1:]
+        by_hand = self.by_hand and self.settled
+        self.ddp_model.zero_grad()
+        self.marks: list[tuple[Any, Any]] = []
+        forward_start = self.now()
+        with self.ddp_model.no_sync() if by_hand else nullcontext():
+            with record_function("forward"):
+                loss = self.ddp_model(tokens, targets) / tokens.numel()
+            start = self.now()
+            with record_function("backward"):
+                loss.backward()
+        compute_end = self.now()
+        if by_hand:
+            self.all_reduce_by_hand()
+        end = self.now()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.marks.sort(key=lambda mark: milliseconds(start, mark[0]))
+        if not by_hand:
+            compute_end = self.marks[-1][0]  # the last bucket is full when the last gradient is there
+        reduces = [(milliseconds(start, full), milliseconds(start, averaged)) for full, averaged in self.marks]
+        since = [milliseconds(start, moment) for moment in (forward_start, compute_end, end)]
+        self.times.append(StepTimes(*since, reduces))
+
+    def all_reduce_by_hand(self) -> None:
+        """The same buckets, one after the other, when backward is over."""
+        for parameters in self.buckets:
+            full = self.now()
+            flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+            dist.all_reduce(flat)
+            flat /= self.ranks.world_size
+            for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                parameter.grad.copy_(part.view_as(parameter))
+            self.marks.append((full, self.now()))
+
+    def now(self) -> Any:
+        """This moment: in the GPU's stream an event, on the CPU the clock in seconds."""
+        if self.ranks.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def gradients(self) -> torch.Tensor:
+        return torch.cat([parameter.grad.flatten() for parameter in self.ddp_model.parameters()])
+
+    def gradient_memory_bytes(self) -> int:
+        """What gradients and buckets take together: a gradient that is a view into its bucket takes nothing more."""
+        storages = {} if self.by_hand else dict(self.bucket_bytes)
+        for parameter in self.ddp_model.parameters():
+            storage = parameter.grad.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())
+
+    def median_step(self) -> StepTimes:
+        """The step of median duration (the shorter of two)."""
+        return sorted(self.times, key=lambda times: times.step_ms)[(len(self.times) - 1) // 2]
+
+    def result(self, exact: torch.Tensor) -> dict[str, Any]:
+        """What results.json says of this setting."""
+        names = {parameter: name for name, parameter in self.ddp_model.module.named_parameters()}
+        step_ms = [times.step_ms for times in self.times]
+        return {
+            "setting": self.name,
+            "buckets": [
+                {
+                    "parameters": [names[parameter] for parameter in bucket],
+                    "bytes": sum(p.numel() * p.element_size() for p in bucket),
+                }
+                for bucket in self.buckets
+            ],
+            "message_bytes": self.message_bytes,
+            "gradient_memory_bytes": self.gradient_memory_bytes(),
+            "share_inside_backward": statistics.median(times.share_inside_backward for times in self.times),
+            "step_ms": step_ms,
+            "relative_gradient_error": float((self.gradients() - exact).norm() / exact.norm()),
+            "median_step": asdict(self.median_step()),
+        }
+
+
+def milliseconds(start: Any, end: Any) -> float:
+    return start.elapsed_time(end) if isinstance(start, torch.cuda.Event) else (end - start) * 1e3
+
+
+@record
+def main(config: OverlapConfig) -> None:
+    ranks = join(config.device)
+    if ranks.world_size < 2:
+        fail("one process has nothing to all-reduce; use torchrun --nproc-per-node=2 ddp/communication_overlap.py")
+    batch = BatchConfig(config.batch.global_size)
+    plan = BatchPlan(batch, config.batch.global_size, config.seed, ranks.rank, ranks.world_size)
+    folder = open_folder(config.output, ranks)
+    model = Transformer(config.model, config.seed).to(ranks.device)
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, ranks.rank))
+    shape = (plan.micro_size, config.data.sequence_length + 1)
+    text = torch.randint(config.model.vocabulary, shape, generator=generator).to(ranks.device)
+
+    settings = all_settings(config.bucket_cap_mb)
+    for setting in settings:
+        setting.prepare(model, text, ranks)
+    for _ in range(config.train.steps):
+        for setting in settings:  # in turns
+            setting.step()
+    by_hand, overlapped = settings[0], settings[3]
+    exact = by_hand.gradients()
+    results = [setting.result(exact) for setting in settings]
+    for setting, name in ((by_hand, "by_hand"), (overlapped, "overlapped")):
+        with profile() if ranks.is_main else nullcontext() as profiler:
+            setting.step()
+        if profiler is not None:
+            profiler.export_chrome_trace(str(folder / f"trace_{name}.json"))
+
+    if ranks.is_main:
+        (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        where = f"{ranks.world_size} ranks, {'NCCL' if ranks.device.type == 'cuda' else 'Gloo on the CPU'}"
+        draw_timeline(results[:5], where, folder / "timeline.png")
+        print_report(results, where, overlapped.name)
+        print(f"\n{folder}: results.json, timeline.png, trace_by_hand.json, trace_overlapped.json")
+    ranks.leave()
+
+
+def open_folder(output: str | None, ranks: Ranks) -> Path:
+    """Make the output folder on rank 0; a folder that cannot be made ends all ranks."""
+    name = f"ddp-communication_overlap-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(output or Path(os.environ.get("RUNS_DIR", "runs"), name))
+    problem = None
+    if ranks.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "results.json").touch()
+        except OSError as error:
+            problem = f"output folder {folder}: {error.strerror}; choose one you can write to with --output"
+    if problem := ranks.broadcast(problem):
+        fail(str(problem))
+    return folder
+
+
+def print_report(results: list[dict[str, Any]], where: str, detailed: str) -> None:
+    """The table of all settings, and one setting bucket by bucket."""
+    sizes = [bucket["bytes"] for bucket in results[0]["buckets"]]
+    print(f"{where}; gradients of {sum(sizes) // 4:,} parameters in fp32; {len(results[0]['step_ms'])} steps each\n")
+    print(f"{'':35} buckets  messages       MB  gradients +  all-reducing   step in ms: median     gradient")
+    print(f"{'':35}                       sent  buckets, MB  in backward        (middle half)       off by")
+    for row in results:
+        low, median, high = quartiles(row["step_ms"])
+        print(
+            f"{row['setting']:35}{len(row['buckets']):>8}{len(row['message_bytes']):>10}"
+            f"{sum(row['message_bytes']) / 1e6:>9.2f}{row['gradient_memory_bytes'] / 1e6:>13.2f}"
+            f"{row['share_inside_backward']:>14.0%}{f'{median:.1f} ({low:.1f} to {high:.1f})':>22}"
+            f"{row['relative_gradient_error']:>12.0e}"
+        )
+    row = next(row for row in results if row["setting"] == detailed)
+    times = row["median_step"]["all_reduces"]
+    print(f"\n{detailed}, in the order of sending; milliseconds since backward began, in the median step of rank 0")
+    print(f"{'bucket':>6}{'MB':>7}{'full':>8}{'averaged':>10}  meanwhile backward works on       gradients of")
+    for number, (bucket, (full, averaged)) in enumerate(zip(row["buckets"], times, strict=True)):
+        # Bucket j is being filled from the moment bucket j - 1 is full.
+        later = range(number + 1, len(times))
+        busy = [modules(row["buckets"][j]["parameters"]) for j in later if times[j - 1][0] < averaged]
+        meanwhile = ", ".join(dict.fromkeys(name for names in busy for name in names)) or "nothing: it is over"
+        members = bucket["parameters"]
+        print(
+            f"{number:>6}{bucket['bytes'] / 1e6:>7.2f}{full:>8.1f}{averaged:>10.1f}  {meanwhile:32}  "
+            f"{members[0]} … {members[-1]}"
+        )
+
+
+def quartiles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+
+
+def modules(parameters: list[str]) -> list[str]:
+    """`blocks.3.ffn.down.weight` → `blocks.3`; `head.weight` → `head`."""
+    return [".".join(name.split(".")[: 2 if name.startswith("blocks.") else 1]) for name in parameters]
+
+
+def draw_timeline(results: list[dict[str, Any]], where: str, path: Path) -> None:
+    """Draw the median step of each setting: backward on one row, under it a lane for each bucket."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure  # without pyplot: no window system is touched
+
+    heights = [2 + len(row["buckets"]) for row in results]
+    figure = Figure(figsize=(9, 1 + sum(heights) / 4), dpi=120, layout="constrained")
+    panels = figure.subplots(len(results), 1, sharex=True, height_ratios=heights)
+    for panel, row in zip(panels, results, strict=True):
+        step, lanes = row["median_step"], len(row["buckets"])
+        panel.barh(0, step["compute_end"], height=1.4, color="0.45")
+        panel.text(step["compute_end"] / 2, 0, "backward", ha="center", va="center", color="white", fontsize=8)
+        waits = step["end"] - step["compute_end"]
+        panel.barh(0, waits, left=step["compute_end"], height=1.4, color="white", edgecolor="0.45", hatch="////")
+        for lane, (full, averaged) in enumerate(step["all_reduces"]):
+            colour = colormaps["viridis"](0.85 * lane / max(1, lanes - 1))
+            panel.barh(1.3 + lane, averaged - full, left=full, height=0.8, color=colour)
+        panel.axvline(step["compute_end"], color="0.45", linewidth=0.8, linestyle=":")
+        panel.set_ylim(lanes + 1.2, -0.9)
+        panel.set_yticks([0, 1.3 + (lanes - 1) / 2], ["compute", f"{lanes} bucket{'s' if lanes > 1 else ''}"])
+        panel.set_title(
+            f"{row['setting']}: {row['share_inside_backward']:.0%} of all-reducing inside backward", loc="left", fontsize=9
+        )
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("milliseconds since backward began; hatched: backward is over, gradients are still on their way")
+    figure.suptitle(f"DDP: what overlaps with what ({where}, median step of rank 0)", fontsize=11)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main(parse(OverlapConfig))

@@ -1,0 +1,131 @@
+"""Mistakes of a user: one line, a non-zero exit on every rank, in seconds, and nothing lost."""
+
+import json
+import os
+import shutil
+
+import pytest
+from equality import SMALL
+
+CASES = "tests/ddp/cases.py"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, group):
+    """A finished run of two ranks, to be damaged in copies."""
+    folder = tmp_path_factory.mktemp("finished")
+    arguments = [*SMALL, "--train.steps", "2", "--runs_dir", str(folder), "--run_name", "run"]
+    group(2)(CASES, "train", "ddp/train.py", arguments)
+    return folder / "run"
+
+
+def truncate(run):
+    shard = next(run.glob("checkpoints/step_2/shards-*/__0_*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+def foreign(run):
+    (run / "checkpoints" / "step_2" / "manifest.json").write_text(json.dumps({"made by": "another program"}))
+
+
+def other_settings(run):
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("seed: 1234", "seed: 99"))
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--train.stepz", "3"], ["train.stepz", "train.steps"]),
+    (["--batch.global_size", "25"], ["global_size = 25", "2 data-parallel ranks"]),
+    (["--batch.micro_size", "5"], ["micro_size = 5", "12 samples", "[1, 2, 3, 4, 6, 12]"]),
+    (["--data.path", "nowhere.txt"], ["nowhere.txt", "no such file"]),
+    (["--data.source", "tokens", "--data.path", "nowhere"], ["nowhere", "meta.json", "common.data tokenize"]),
+    (["--model.vocabulary", "100"], ["vocabulary of 256", "only 100"]),
+    (["--model.heads", "7"], ["model.heads 7"]),
+    (["--data.sequence_length", "500"], ["data.sequence_length = 500", "max_sequence"]),
+    (["--resume", "nowhere"], ["nowhere", "no manifest.json"]),
+    (["--device", "cuda"], ["no GPU"]),
+    (["--network_profile", "token-ring"], ["token-ring", "infiniband"]),
+    (["--optimizer.lr", "1e30", "--train.precision", "fp32"], ["loss is", "optimizer.lr"]),
+])  # fmt: skip
+def test_one_line_on_every_rank(group, tmp_path, arguments, words):
+    common = [] if "--data.sequence_length" in arguments else SMALL
+    answers = group(2)(CASES, "ends", "ddp/train.py", [*common, "--runs_dir", str(tmp_path), *arguments], timeout=60)
+    for code, text in answers:
+        lines = [line for line in text.splitlines() if "error: " in line]
+        assert code == 2
+        assert len(lines) == 1, text
+        assert all(word in lines[0] for word in words), lines
+        assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(("damage", "words"), [
+    (truncate, ["truncated or changed"]), (foreign, ["not a manifest that this project wrote"]),
+    (other_settings, ["other settings of seed"]),
+])  # fmt: skip
+def test_damaged_or_changed_runs(group, finished, tmp_path, damage, words):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    damage(run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    arguments = [*SMALL, "--train.steps", "4", "--runs_dir", str(tmp_path), "--run_name", "run"]
+    for code, text in group(2)(CASES, "ends", "ddp/train.py", arguments, timeout=60):
+        assert code == 2
+        assert all(word in text for word in words), text
+    kept = {p: p.read_bytes() for p in before if p.name not in ("config.yaml", "run.json")}
+    assert kept == {p: c for p, c in before.items() if p.name not in ("config.yaml", "run.json")}  # nothing is lost
+
+
+def test_never_resume(group, finished):
+    arguments = [*SMALL, "--runs_dir", str(finished.parent), "--run_name", "run", "--resume", "never"]
+    for code, text in group(2)(CASES, "ends", "ddp/train.py", arguments):
+        assert code == 2
+        assert "exists already" in text
+
+
+def test_unwritable_run_folder(group, tmp_path):
+    (tmp_path / "file").write_text("not a folder")  # also root, who may write anywhere, cannot make a folder in a file
+    for code, text in group(2)(CASES, "ends", "ddp/train.py", [*SMALL, "--runs_dir", str(tmp_path / "file")]):
+        assert code == 2
+        assert "run folder" in text
+        assert "--runs_dir" in text
+
+
+@pytest.mark.parametrize("script", ["ddp/train.py"])
+def test_under_torchrun_all_ranks_end_and_the_root_cause_is_shown(launch, script):
+    result = launch(script, "--train.stepz", "3", nproc=3, check=False, timeout=60)
+    assert result.returncode != 0
+    assert "[rank " in result.stderr
+    cause = result.stderr.split("Root Cause")[1]
+    assert "unknown key train.stepz (value '3'); did you mean train.steps?" in cause
+
+
+def test_half_set_environment(launch):
+    result = launch("ddp/train.py", nproc=0, env={"RANK": "0"}, check=False)
+    assert result.returncode == 2
+    assert "half-set torchrun environment: found RANK=0, missing WORLD_SIZE" in result.stderr
+
+
+def test_minimal_says_how_to_start_it(launch):
+    result = launch("ddp/minimal.py", nproc=0, check=False)
+    assert result.returncode == 1
+    assert "torchrun --nproc-per-node=2 ddp/minimal.py" in result.stderr
+
+
+def test_a_rank_that_dies_takes_the_others_with_it(launch, tmp_path):
+    """One rank is killed in mid-run: torchrun ends the other one, and says which it was."""
+    script = tmp_path / "dies.py"
+    script.write_text(
+        "import os, runpy, signal, sys\n"
+        "from common.run import Run\n"
+        "log = Run.log\n"
+        "def log_or_die(self, step, *rest):\n"
+        "    if step == 3 and self.ranks.rank == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    log(self, step, *rest)\n"
+        "Run.log = log_or_die\n"
+        f"runpy.run_path({os.path.abspath('ddp/train.py')!r}, run_name='__main__')\n"
+    )
+    result = launch(script, *SMALL, "--train.steps", "4000", check=False, timeout=100)
+    assert result.returncode != 0
+    assert "Root Cause" in result.stderr
+    assert "SIGKILL" in result.stderr.split("Root Cause")[1]

@@ -1,0 +1,107 @@
+"""The same script under every launcher, as a user starts it."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, clean_environment, free_port
+from equality import SMALL, read_rows
+
+QUICK = [*SMALL, "--train.steps", "3"]
+
+
+def only_run(folder):
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+def test_torchrun_leaves_a_whole_run_folder(launch, tmp_path):
+    result = launch("ddp/train.py", *QUICK, "--train.eval_every", "2")
+    run = only_run(tmp_path)
+    names = {path.name for path in run.iterdir()}
+    assert {"config.yaml", "run.json", "metrics.jsonl", "checkpoints", "loss.png"} <= names
+    assert not any(path.is_symlink() for path in run.rglob("*"))
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    row = read_rows(run)[-1]
+    keys = {
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "tokens",
+        "step_seconds",
+        "tokens_per_second",
+        "mfu",
+        "peak_memory_bytes",
+    }
+    assert row.keys() == keys
+    assert row["tokens"] == 3 * 24 * 16
+    for words in ("finished after 3 of 3 steps", "validation loss", "tokens/s", "peak memory", str(run), "to go on"):
+        assert words in result.stdout, result.stdout
+    assert result.stdout.count("finished after") == 1  # rank 0 speaks for all
+
+
+def test_the_next_command_that_the_summary_offers_works(launch, tmp_path):
+    result = launch("ddp/train.py", *QUICK, nproc=0)
+    command = result.stdout.split("to go on")[1].split()
+    assert command[:2] == ["python", "ddp/train.py"]
+    more = launch("ddp/train.py", *command[2:], nproc=0)
+    assert "finished after 6 of 6 steps" in more.stdout
+    assert [row["step"] for row in read_rows(only_run(tmp_path))] == list(range(6))
+
+
+@pytest.mark.parametrize("script", ["ddp/train.py", "ddp/single_device.py"])
+def test_plain_python_is_one_process(launch, script):
+    assert "1 process(es)" in launch(script, *QUICK, nproc=0).stdout
+
+
+def test_minimal(launch):
+    last = launch("ddp/minimal.py", nproc=2).stdout.strip().splitlines()[-1]
+    assert last.startswith("epoch 9")
+    assert float(last.split()[-1]) > 0.88
+
+
+def start_all(environments, command):
+    """Start one process per environment, all at once; returns their outputs."""
+    processes = [
+        subprocess.Popen(command(i), cwd=ROOT, env=clean_environment(DEVICE="cpu", **env), text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for i, env in enumerate(environments)
+    ]  # fmt: skip
+    outputs = []
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), outputs
+    return outputs
+
+
+def test_two_torchruns_as_on_two_machines(tmp_path):
+    port = str(free_port())
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
+                "--master-addr=127.0.0.1", f"--master-port={port}"]  # fmt: skip
+    arguments = ["ddp/train.py", *QUICK, "--runs_dir", str(tmp_path / "runs")]
+    outputs = start_all([{}, {}], lambda node: [*torchrun, f"--node-rank={node}", *arguments])
+    assert "2 process(es)" in "".join(outputs)
+    assert len(read_rows(only_run(tmp_path))) == 3
+
+
+@pytest.mark.parametrize("launcher", ["srun", "mpirun", "mpiexec"])
+def test_one_task_a_device(tmp_path, launcher):
+    """Two processes with the variables that the launcher sets; the launchers themselves are not needed for that."""
+    job = str(free_port())  # the port is derived from it: other than that of other tests
+    variables = {
+        "srun": lambda r: {"SLURM_JOB_ID": job, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": r,
+                           "SLURM_LOCALID": r, "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2"},
+        "mpirun": lambda r: {"OMPI_COMM_WORLD_RANK": r, "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": r,
+                             "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": job},
+        "mpiexec": lambda r: {"PMI_RANK": r, "PMI_SIZE": "2", "MPI_LOCALRANKID": r, "MPI_LOCALNRANKS": "2"},
+    }[launcher]  # fmt: skip
+    command = [sys.executable, "ddp/train.py", *QUICK, "--runs_dir", str(tmp_path / "runs")]
+    outputs = start_all([variables("0"), variables("1")], lambda rank: command)
+    assert "2 process(es)" in "".join(outputs)
+    run = only_run(tmp_path)
+    assert len(read_rows(run)) == 3
+    assert run.name == f"ddp-train-job{job}" if launcher == "srun" else run.name.startswith("ddp-train-")
