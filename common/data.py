@@ -124,7 +124,7 @@ def text_datasets(config: TextConfig, vocabulary: int) -> tuple[TokenDataset, To
     else:
         train, validation = _embedded_text()
     if needed > vocabulary:
-        fail(f"the text has a vocabulary of {needed}, the model {vocabulary}; set --model.vocabulary {needed} or more")
+        fail(f"the text has a vocabulary of {needed}, the model {vocabulary}; set model.vocabulary to {needed}")
     length = config.sequence_length
     return TokenDataset(train, length, needed), TokenDataset(validation, length, needed, config.validation_samples)
 
@@ -133,7 +133,7 @@ def _open_token_folder(folder: Path) -> tuple[np.ndarray, np.ndarray, int]:
     missing = [name for name in ("meta.json", "train.bin", "validation.bin") if not (folder / name).is_file()]
     if missing:
         fail(
-            f"data.path = {folder}: no {', '.join(missing)} there (meta.json, train.bin, validation.bin are needed); make "
+            f"data.path = {folder}: no {', '.join(missing)} there (of meta.json, train.bin, validation.bin); make "
             f"them with: python -m common.data tokenize --input TEXT --output {folder}"
         )
     try:
@@ -143,7 +143,7 @@ def _open_token_folder(folder: Path) -> tuple[np.ndarray, np.ndarray, int]:
             size = (folder / f"{split}.bin").stat().st_size
             if size != counts[split] * dtype.itemsize:
                 fail(
-                    f"{folder}/{split}.bin has {size} bytes, meta.json says {counts[split]} {dtype} tokens; make it again"
+                    f"{folder}/{split}.bin has {size} bytes, meta.json says {counts[split]} {dtype}; make it again"
                 )
     except (KeyError, TypeError, ValueError) as error:
         fail(f"{folder}/meta.json is not what python -m common.data tokenize writes ({error!r}); make it again")

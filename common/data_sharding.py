@@ -81,7 +81,7 @@ class BatchPlan:
         if micro and (size // ranks) % micro:
             fail(
                 f"batch.micro_size = {micro} does not divide the {size // ranks} samples of each rank (global_size "
-                f"{size} / {ranks} ranks); allowed: {[m for m in range(1, size // ranks + 1) if size // ranks % m == 0]}"
+                f"{size} / {ranks} ranks); allowed: {[m for m in range(1, size // ranks + 1) if not size // ranks % m]}"
             )
         if self.samples < size:
             fail(f"the training set has {self.samples} samples, fewer than batch.global_size = {size}")

@@ -341,8 +341,8 @@ class Run:
         if step % self.config.train.log_every == 0 or step + 1 == self.config.train.steps:
             mfu = f"  mfu {utilisation:.1%}" if utilisation else ""
             self.say(
-                f"step {step:>5}  loss {loss:.4f}  grad norm {grad_norm:.3f}  lr {lr:.2e}  {rate:,.0f} {self.unit}/s{mfu}"
-                f"  peak memory {memory / 2**30:.2f} GiB"
+                f"step {step:>5}  loss {loss:.4f}  grad norm {grad_norm:.3f}  lr {lr:.2e}  {rate:,.0f} {self.unit}/s"
+                f"{mfu}  peak memory {memory / 2**30:.2f} GiB"
             )
 
     def wants_evaluation(self, step: int) -> bool:

@@ -1,85 +1,22 @@
-"""What all tests share: scripts started as users start them, and groups of ranks that are started once."""
+"""What all tests share: scripts started as users start them, and groups of ranks that are started once.
 
-import contextlib
-import importlib.util
+The modules that tests import stand in tests/support, which is on the path; tests/ is not, because its folders are
+named like libraries.
+"""
+
 import os
-import pickle
-import selectors
-import socket
-import subprocess
 import sys
-import time
-from pathlib import Path
 
-import psutil
+import plugin_rooms
 import pytest
+from launching import Group, run_command
 
-pytest_plugins = ["plugin_rooms"]
-
-ROOT = Path(__file__).resolve().parent.parent
 os.environ["OMP_NUM_THREADS"] = "1"  # ranks share the cores; more threads than cores are many times slower
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # The plugin that counts what ran. Loaded by path: tests/ is not on sys.path, as the names of its folders
-    # would stand in for missing libraries.
-    spec = importlib.util.spec_from_file_location("plugin_rooms", ROOT / "tests" / "plugin_rooms.py")
-    plugin = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(plugin)
-    config.pluginmanager.register(plugin.Rooms(config), "rooms")
-
-
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DEVICE")
-
-
-def clean_environment(**more: str) -> dict[str, str]:
-    """The environment without what a launcher, or a Slurm job around the tests, left in it."""
-    prefixes = ("SLURM_", "OMPI_", "PMI_", "TORCHELASTIC_")
-    keep = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES and not k.startswith(prefixes)}
-    binaries = str(Path(sys.executable).parent)
-    path = f"{binaries}{os.pathsep}{os.environ['PATH']}"
-    return keep | {"PYTHONPATH": str(ROOT), "PATH": path, "OMP_NUM_THREADS": "1"} | more
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-def kill_tree(process: subprocess.Popen) -> None:
-    """Kill a process and all that descend from it: torchrun's workers live in sessions of their own."""
-    try:
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    except psutil.NoSuchProcess:
-        return
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    psutil.wait_procs(family, timeout=10)
-
-
-def run_command(command: list[str], timeout: float = 120, check: bool = True, **environment: str):
-    """Run a command from the repository root; at the timeout it and its descendants are killed."""
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=clean_environment(**environment),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        kill_tree(process)
-        out, err = process.communicate()
-        pytest.fail(f"{' '.join(command)} did not end within {timeout} s\n{out[-2000:]}\n{err[-4000:]}")
-    if check and process.returncode != 0:
-        pytest.fail(f"{' '.join(command)} ended with {process.returncode}\n{out[-2000:]}\n{err[-6000:]}")
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+    """Register the plugin that counts what ran in each room."""
+    config.pluginmanager.register(plugin_rooms.Rooms(config), "rooms")
 
 
 @pytest.fixture
@@ -96,63 +33,6 @@ def launch(tmp_path):
         return run_command([*launcher, str(script), *map(str, args)], timeout, check, **environment)
 
     return start
-
-
-class Group:
-    """Ranks that wait for work: each call runs one function on all of them at once."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.processes = size, []
-
-    def start(self) -> None:
-        for rank in range(self.size):
-            variables = {"RANK": rank, "WORLD_SIZE": self.size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": self.size}
-            env = clean_environment(MASTER_ADDR="127.0.0.1", DEVICE="cpu", **{k: str(v) for k, v in variables.items()})
-            worker = [sys.executable, str(ROOT / "tests" / "rank_worker.py")]
-            self.processes.append(
-                subprocess.Popen(worker, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            )
-
-    def stop(self, kill: bool = False) -> None:
-        for process in self.processes:
-            process.kill() if kill else process.stdin.close()
-        for process in self.processes:
-            process.wait(timeout=30)
-            process.stdout.close()
-        self.processes = []
-
-    def __call__(self, path: str, function: str, *args, timeout: float = 120):
-        """Call `function` of the file `path` (from the repository root) on all ranks; returns the results by rank."""
-        if not self.processes:
-            self.start()
-        port = free_port()
-        for process in self.processes:
-            pickle.dump((port, str(ROOT / path), function, args), process.stdin)
-            process.stdin.flush()
-        answers, deadline = {}, time.monotonic() + timeout
-        with selectors.DefaultSelector() as selector:
-            for rank, process in enumerate(self.processes):
-                selector.register(process.stdout, selectors.EVENT_READ, rank)
-            while len(answers) < self.size:
-                ready = selector.select(max(0.0, deadline - time.monotonic()))
-                if not ready:
-                    missing = sorted(set(range(self.size)) - set(answers))
-                    self.stop(kill=True)
-                    pytest.fail(
-                        f"{path}:{function}: rank(s) {missing} gave no answer in {timeout} s; others: {answers}"
-                    )
-                for key, _ in ready:
-                    try:
-                        answers[key.data] = pickle.load(key.fileobj)
-                    except EOFError:
-                        answers[key.data] = ("failed", "the process died")
-                    selector.unregister(key.fileobj)
-                if any(state == "failed" for state, _ in answers.values()):
-                    deadline = min(deadline, time.monotonic() + 5)  # the others may wait for it for ever
-        if bad := {rank: answer for rank, (state, answer) in answers.items() if state != "ok"}:
-            self.stop(kill=True)
-            pytest.fail(f"{path}:{function} on {self.size} ranks:\n" + "\n".join(f"[{r}] {a}" for r, a in bad.items()))
-        return [answers[rank][1] for rank in range(self.size)]
 
 
 @pytest.fixture(scope="session")

@@ -75,17 +75,14 @@ def test_derived_seeds_stay_what_they_are():
     """Fixed numbers: were they to change, every run made so far would go on with other data."""
     assert derive_seed(1234, "epoch", 0) == 5949542624596576468
     assert derive_seed("a:b") != derive_seed("a", "b", "")
-    seeds = {
-        derive_seed(seed, what, n) for seed in range(4) for what in ("epoch", "augment") for n in range(50)
-    }
+    seeds = {derive_seed(seed, what, n) for seed in range(4) for what in ("epoch", "augment") for n in range(50)}
     assert len(seeds) == 400 and all(0 <= seed < 2**63 for seed in seeds)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_restarted_at_a_step_continues_the_stream(workers):
-    whole = batches(plan(1, 2, 2), range(6), workers)
-    for start in (1, 3):
-        assert batches(plan(1, 2, 2), range(start, 6), workers) == whole[start:]
+    whole = batches(plan(1, 4, 2), range(6))
+    assert batches(plan(1, 4, 2), range(3, 6), workers) == whole[3:]
 
 
 def test_a_loader_goes_to_any_step():
@@ -149,7 +146,7 @@ def test_evaluation_sees_every_sample_once(samples, workers):
         assert max(map(len, parts)) - min(map(len, parts)) <= 1  # nobody waits long for another
 
 
-@pytest.mark.parametrize("batch, samples, world_size, says", [
+@pytest.mark.parametrize(("batch", "samples", "world_size", "says"), [
     ((25, None), 100, 2, r"batch.global_size = 25 does not divide among 2 .* multiple of 2, such as 24"),
     ((2, None), 100, 4, r"batch.global_size = 2 does not divide among 4 .* such as 4"),
     ((24, 5), 100, 2, r"batch.micro_size = 5 does not divide the 12 samples .*allowed: \[1, 2, 3, 4, 6, 12\]"),

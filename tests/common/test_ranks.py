@@ -1,7 +1,7 @@
 """Every launcher's environment, and what happens when it is wrong."""
 
 import pytest
-from conftest import free_port, run_command
+from launching import free_port, run_command
 
 from common import ranks
 from common.ranks import Place, choose_device, read_environment

@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, clean_environment, free_port
 from equality import SMALL, read_rows
+from launching import ROOT, clean_environment, free_port
 
 QUICK = [*SMALL, "--train.steps", "3"]
 

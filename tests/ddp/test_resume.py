@@ -8,8 +8,8 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, clean_environment, kill_tree
 from equality import SMALL, largest_difference, read_checkpoint, read_rows, read_validation
+from launching import ROOT, clean_environment, kill_tree
 
 CASES = "tests/ddp/cases.py"
 STEPS = 12

@@ -1,0 +1,260 @@
+"""The scaling driver: its arithmetic on invented numbers, then real runs from the command line to the plot."""
+
+import json
+import os
+import re
+import signal
+import socket
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import scaling  # noqa: E402  (needs the path above)
+
+TINY = ["--model.width=32", "--model.ffn_width=48", "--model.layers=1", "--data.sequence_length=16"]
+
+# Writes a run folder as our scripts do, in no time: 0.1 s a step on one rank, 0.125 s on two. Its weak scaling is
+# right unless it is told to ignore the batch size.
+STAND_IN = """
+import json, os, sys
+given = dict(word[2:].split("=", 1) for word in sys.argv[1:] if "=" in word)
+batch = int(given.get("batch.global_size", 6))
+if "--print_config" in sys.argv:
+    print(json.dumps({"batch": {"global_size": batch}}))
+    sys.exit()
+if "--wants-torchrun" in sys.argv and "RANK" not in os.environ:
+    sys.exit("error: no RANK in the environment; start me with torchrun")
+if os.environ.get("RANK", "0") != "0":
+    sys.exit()
+world = int(os.environ.get("WORLD_SIZE", os.environ.get("FAKE_WORLD", 1)))
+batch = 6 if "--ignore-batch" in sys.argv else batch
+folder = os.path.join(given["runs_dir"], given["run_name"])
+os.makedirs(os.path.join(folder, "checkpoints"))
+record = {"world_size": world, "units_per_step": 10 * batch, "unit": "tokens", "device": "x86_64 CPU, 2 cores"}
+record |= {"git_commit": "abc", "versions": {"torch": os.environ["OMP_NUM_THREADS"]}}
+json.dump(record, open(os.path.join(folder, "run.json"), "w"))
+with open(os.path.join(folder, "metrics.jsonl"), "w") as file:
+    for step in range(int(given["train.steps"])):
+        seconds = 5.0 if step < 2 else 0.1 if world == 1 else 0.125
+        row = {"step": step, "loss": 3.0, "step_seconds": seconds, "peak_memory_bytes": 1000 + step}
+        file.write(json.dumps(row) + "\\n")
+    file.write(json.dumps({"step": step + 1, "val_loss": 2.0}) + "\\n")
+"""
+
+
+def measured(ranks: int, units: int, seconds: float) -> scaling.Measured:
+    return scaling.Measured(ranks, units, seconds, peak_memory_bytes=ranks, last_loss=1.0, record={})
+
+
+@pytest.mark.parametrize(
+    ("mode", "base", "base_seconds", "ranks", "seconds", "speed_up", "efficiency"),
+    [
+        ("strong", 1, 8.0, 4, 2.0, 4.0, 1.0),  # ideal: a quarter of the time
+        ("strong", 1, 8.0, 4, 4.0, 2.0, 0.5),
+        ("strong", 2, 8.0, 8, 4.0, 2.0, 0.5),  # relative to 2 ranks: four times the ranks, half the time
+        ("strong", 1, 8.0, 2, 8.0, 1.0, 0.5),  # a second rank that helps nothing
+        ("weak", 1, 8.0, 4, 8.0, 4.0, 1.0),  # ideal: the time stays, four times the work is done
+        ("weak", 1, 8.0, 4, 10.0, 3.2, 0.8),
+        ("weak", 2, 8.0, 8, 16.0, 2.0, 0.5),
+    ],
+)
+def test_formulas(mode, base, base_seconds, ranks, seconds, speed_up, efficiency) -> None:
+    arguments = (mode, base, base_seconds, ranks, seconds)
+    assert scaling.speed_up(*arguments) == pytest.approx(speed_up, rel=1e-12)
+    assert scaling.efficiency(*arguments) == pytest.approx(efficiency, rel=1e-12)
+    # In both modes efficiency is throughput over ideal throughput: the formulas are the right way up.
+    units = {"strong": (60, 60), "weak": (60 * base, 60 * ranks)}[mode]
+    ideal = units[0] / base_seconds * ranks / base
+    assert units[1] / seconds / ideal == pytest.approx(efficiency, rel=1e-12)
+
+
+def test_the_stated_formulas_are_those_computed() -> None:
+    for mode in ("strong", "weak"):
+        for base in (1, 2):
+            for name, text in scaling.formulas(mode, base).items():
+                expression = text.replace("·", "*").replace(f"T({base})", "8.0").replace("T(N)", "5.0")
+                value = eval(expression.replace("N", "6"))
+                assert value == pytest.approx(getattr(scaling, name)(mode, base, 8.0, 6, 5.0), rel=1e-12)
+
+
+def test_rounds_are_compared_within_themselves() -> None:
+    """A machine that is ten times slower in the second round changes the times, but no efficiency."""
+    rounds = [{1: measured(1, 60, 4.0 * slow), 2: measured(2, 60, 2.5 * slow)} for slow in (1, 10, 1)]
+    one, two = scaling.summarise("strong", rounds)
+    assert one["efficiency"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+    assert two["efficiency"] == pytest.approx({"median": 0.8, "min": 0.8, "max": 0.8}, rel=1e-12)
+    assert two["speed_up"]["median"] == pytest.approx(1.6, rel=1e-12)
+    assert two["step_seconds"] == {"median": 2.5, "min": 2.5, "max": 25.0}
+    assert two["units_per_second"] == {"median": 24.0, "min": 2.4, "max": 24.0}
+
+
+def test_sharing_is_said() -> None:
+    says = "this measures sharing, not scaling"
+    assert scaling.sharing(4, 1, 2, 0) == f"4 ranks share 2 cores: {says}"
+    assert scaling.sharing(2, 2, 2, 0) == f"2 ranks of 2 threads share 2 cores: {says}"
+    assert scaling.sharing(2, 1, 1, 0) == f"2 ranks share 1 core: {says}"
+    assert scaling.sharing(2, 1, 2, 0) is None
+    assert scaling.sharing(9, 1, 96, 8) == f"9 ranks share 8 GPUs: {says}"
+    assert scaling.sharing(8, 1, 2, 8) is None  # ranks on GPUs: the cores do not count
+
+
+def test_command_lines_lose_paths_outside() -> None:
+    words = ["python", "x.py", f"{Path.cwd()}/ddp/train.py", "--data.path=/secret/place/text.txt", "/a/b", "1/2"]
+    assert scaling.without_paths(words) == "python x.py ddp/train.py --data.path=text.txt b 1/2"
+
+
+def results(folder: Path) -> tuple[dict, str]:
+    return json.loads((folder / "scaling.json").read_text()), (folder / "scaling.md").read_text()
+
+
+def test_strong_scaling_of_a_lesson(launch, tmp_path) -> None:
+    """ddp/train.py on 1 and 2 ranks, both on one core: every number again from the run folders."""
+    steps, warmup = 5, 2
+    can_pin = hasattr(os, "sched_setaffinity")
+    allowed = os.sched_getaffinity(0) if can_pin else set()
+    if can_pin:
+        os.sched_setaffinity(0, {min(allowed)})  # inherited: there, 2 ranks share 1 core on any machine
+    try:
+        finished = launch(
+            "benchmarks/scaling.py", "ddp/train.py", "--ranks", "2", "1", "--repeats", "1", f"--steps={steps}",
+            f"--warmup={warmup}", "--", *TINY, "--data.validation_samples=4", nproc=0,
+        )  # fmt: skip
+    finally:
+        if can_pin:
+            os.sched_setaffinity(0, allowed)
+    (folder,) = (tmp_path / "runs").glob("scaling-train-strong-*")
+    result, page = results(folder)
+    assert [row["ranks"] for row in result["rows"]] == [1, 2]
+    assert result["omp_num_threads"] == 1 and "OMP_NUM_THREADS=1 for every rank count" in page
+
+    seconds, losses = {}, {}
+    for row in result["rows"]:
+        run = folder / "runs" / f"strong-{row['ranks']}-ranks-round-1"
+        record = json.loads((run / "run.json").read_text())
+        assert record["world_size"] == row["ranks"]
+        assert record["launcher"] == ("python" if row["ranks"] == 1 else "torchrun")
+        assert not (run / "checkpoints").exists()
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        steps_made = [line for line in lines if "step_seconds" in line]
+        assert len(steps_made) == steps
+        seconds[row["ranks"]] = statistics.median(line["step_seconds"] for line in steps_made[warmup:])
+        losses[row["ranks"]] = steps_made[-1]["loss"]
+        assert row["units_per_step"] == 24 * 16
+        assert row["units_per_second"]["median"] == pytest.approx(24 * 16 / seconds[row["ranks"]], rel=1e-12)
+        assert row["peak_memory_bytes"] == max(line["peak_memory_bytes"] for line in steps_made)
+    one, two = result["rows"]
+    assert two["efficiency"]["median"] == pytest.approx(seconds[1] / (2 * seconds[2]), rel=1e-12)
+    assert two["speed_up"]["median"] == pytest.approx(seconds[1] / seconds[2], rel=1e-12)
+    assert one["efficiency"]["median"] == one["speed_up"]["median"] == 1.0
+    # The same batch, so the same training: fp32 sums in another order, as everywhere in this project.
+    assert losses[1] == pytest.approx(losses[2], abs=1e-5)
+    assert one["last_loss"] == losses[1] and two["last_loss"] == losses[2]
+
+    if can_pin:
+        warning = "2 ranks share 1 core: this measures sharing, not scaling"
+        assert warning in result["notes"] and f"note: {warning}" in finished.stdout and f"* {warning}" in page
+        assert [row["shared"] for row in result["rows"]] == [False, True]
+        assert result["hardware"]["cores"] == 1
+    table = [line for line in page.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in table}) == 1 and len(table) == 2 + 2
+    assert page.strip() in finished.stdout
+    everything = json.dumps(result)
+    assert str(tmp_path) not in everything and str(ROOT) not in everything
+    assert not re.search(rf"\b{re.escape(socket.gethostname())}\b", everything)
+    assert {"hardware", "versions", "git_commit", "date", "command", "formulas"} <= result.keys()
+    assert (folder / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def scale(tmp_path, monkeypatch):
+    """The driver, in this process, on the stand-in script; its steps 0 and 1 are slow. Returns the results' folder."""
+    script, output = tmp_path / "stand_in.py", tmp_path / "result"
+    script.write_text(STAND_IN)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*options: str, script_arguments: list[str]) -> Path:
+        words = ["scaling.py", str(script), "--steps=5", "--warmup=2", f"--output={output}", *options, "--"]
+        monkeypatch.setattr(sys, "argv", words + script_arguments)
+        scaling.main()
+        return output
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+# Starts the stand-in instead of torchrun: it believes in any number of ranks.
+TEMPLATE = f"env FAKE_WORLD={{ranks}} FAKE_NODES={{nodes}} {sys.executable}"
+
+
+def test_weak_scaling_multiplies_the_batch(scale) -> None:
+    options = ["--mode=weak", "--ranks", "1", "2", "--repeats=2", "--threads=3", "--launch", TEMPLATE]
+    output = scale(*options, script_arguments=["--batch.global_size=8"])
+    result, _ = results(output)
+    assert [row["units_per_step"] for row in result["rows"]] == [80, 160]
+    two = result["rows"][1]
+    assert two["efficiency"]["median"] == pytest.approx(0.1 / 0.125, rel=1e-12)  # time per step, warm-up left out
+    assert two["speed_up"]["median"] == pytest.approx(2 * 0.1 / 0.125, rel=1e-12)  # throughput grows
+    assert two["peak_memory_bytes"] == 1004
+    runs = sorted(path.name for path in (output / "runs").iterdir())
+    assert runs == [f"weak-{ranks}-ranks-round-{number}" for ranks in (1, 2) for number in (1, 2)]
+    assert result["versions"]["torch"] == "3"  # what the runs saw as OMP_NUM_THREADS
+    assert result["omp_num_threads"] == 3
+
+
+def test_weak_scaling_that_is_none_is_refused(scale, capsys) -> None:
+    options = ["--mode=weak", "--ranks", "1", "2", "--repeats=1", "--launch", TEMPLATE]
+    with pytest.raises(SystemExit) as ended:
+        scale(*options, script_arguments=["--ignore-batch"])
+    assert ended.value.code == 2
+    assert "this is no weak scaling" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_script_that_refuses_plain_python_gets_torchrun(scale) -> None:
+    result, _ = results(scale("--ranks=1", "--repeats=1", script_arguments=["--wants-torchrun"]))
+    assert any("torchrun starts 1 rank too" in note for note in result["notes"])
+    assert result["rows"][0]["ranks"] == 1
+
+
+def test_the_template_starts_ranks_on_nodes() -> None:
+    template = "srun --nodes={nodes} --ntasks={ranks} python"
+    command = scaling.launch_command("x.py", 17, template, 8, plain=False)
+    assert command == ["srun", "--nodes=3", "--ntasks=17", "python", "x.py"]
+
+
+def test_a_failing_run_is_one_clear_line_and_the_end_of_its_output(launch, tmp_path) -> None:
+    output = tmp_path / "result"
+    finished = launch(
+        "benchmarks/scaling.py", "ddp/train.py", "--ranks", "2", "--repeats", "1", f"--output={output}", "--",
+        "--batch.global_size=5", nproc=0, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 1
+    errors = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "ddp/train.py failed (on 2 ranks, round 1, exit code 1)" in errors[0]
+    assert "batch.global_size = 5 does not divide among 2 data-parallel ranks" in errors[0]
+    assert len([line for line in finished.stderr.splitlines() if line.startswith("  | ")]) >= 5
+    assert "Traceback" not in finished.stderr.split("  | ")[0]
+    assert not (output / "scaling.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ddp/missing.py"], "there is no script ddp/missing.py"),
+        (["ddp/train.py", "--steps", "5", "--warmup", "5"], "--warmup 5 leaves no step of --steps 5"),
+        (["ddp/train.py", "--ranks", "2", "2"], "--ranks 2 2 cannot work"),
+        (["ddp/train.py", "--", "--train.steps", "9"], "give --steps"),
+        (["ddp/train.py", "--launch", "no-such-launcher {ranks}"], "there is no program no-such-launcher"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        scaling.parse_arguments(arguments)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert message in error and error.count("\n") == 1

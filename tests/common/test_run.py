@@ -1,0 +1,65 @@
+"""The run record: what is counted, when it is read, and what the folder is called."""
+
+import json
+
+import pytest
+
+CASES = "tests/common/run_cases.py"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_logged_loss_is_the_sum_over_ranks_divided_by_the_units(group, tmp_path, size):
+    group(size)(CASES, "log_five_steps", str(tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    # Rank r contributes (r + 1) x (step + 1); there are 10 units in a step.
+    assert [row["loss"] for row in rows] == [sum(range(1, size + 1)) * (step + 1) / 10 for step in range(5)]
+    assert [row["tokens"] for row in rows] == [10, 20, 30, 40, 50]
+
+
+def test_one_collective_a_step_read_one_step_late(group, tmp_path):
+    calls, rows_seen = group(2)(CASES, "count_collectives", str(tmp_path))[0]
+    assert calls == [1] * 5  # all-reduces that Run itself starts in each step
+    assert rows_seen == [0, 1, 2, 3, 4]  # rows known when step k has been logged: those before it
+
+
+@pytest.mark.parametrize("who", [0, 1, 2])
+def test_a_wish_to_stop_on_one_rank_stops_all_at_the_same_step(group, tmp_path, who):
+    assert group(3)(CASES, "steps_until_stopped", str(tmp_path), who, 4) == [6, 6, 6]  # asked in step 4, read in step 5
+
+
+def test_names_are_unique_and_hold_the_job(group, tmp_path):
+    names = {group(2)(CASES, "folder_name", str(tmp_path), {})[0] for _ in range(3)}
+    assert len(names) == 3
+    a, b = group(2)(CASES, "folder_name", str(tmp_path), {"SLURM_JOB_ID": "17"})
+    assert a == b
+    assert a.endswith("-job17")  # a requeued job finds its run again
+
+
+def test_the_record_says_what_ran(group, tmp_path):
+    group(2)(CASES, "log_five_steps", str(tmp_path))
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["framework"], record["strategy"], record["world_size"], record["mesh"]) == (
+        "torch",
+        "test",
+        2,
+        {"data": 2},
+    )
+    assert record["data_fingerprint"] == "fingerprint"
+    assert (record["status"], record["steps_done"]) == ("finished", 5)
+    assert record["versions"].keys() == {"python", "torch", "numpy"}
+
+
+def test_tensorboard_gets_the_curve(group, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    group(1)(CASES, "log_five_steps", str(tmp_path))
+    events = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [0, 1, 2, 3, 4]
+
+
+def test_a_loss_that_is_not_a_number_ends_all_ranks(group, tmp_path):
+    for code, line in group(2)(CASES, "log_nan", str(tmp_path)):
+        assert code == 2
+        assert "the loss is nan at step 2" in line
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 3
