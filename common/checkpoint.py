@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -58,18 +57,9 @@ def _checksum(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def all_gather(value: Any) -> list[Any]:
-    """Every rank's picklable value, on all ranks, by rank."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _fail_together(problem: str | None) -> None:
+def _fail_together(problem: str | None, ranks: Ranks) -> None:
     """End all ranks if any has a problem, with the first one's words: no rank is left waiting for another."""
-    if problems := [p for p in all_gather(problem) if p]:
+    if problems := [p for p in ranks.all_gather(problem) if p]:
         fail(problems[0])
 
 
@@ -110,8 +100,8 @@ def save(
         _sync_folder(shards)
     except (OSError, dcp.CheckpointException) as error:
         problem = f"checkpoint {target} could not be written: {error}; earlier checkpoints are untouched"
-    _fail_together(problem)
-    everything = {name: entry for part in all_gather(files) for name, entry in part.items()}
+    _fail_together(problem, ranks)
+    everything = {name: entry for part in ranks.all_gather(files) for name, entry in part.items()}
     if ranks.is_main:
         manifest = {
             "step": step,
@@ -133,7 +123,7 @@ def save(
             _remove_old(folder, target, keep)
         except OSError as error:
             problem = f"checkpoint {target} could not be committed: {error}; earlier checkpoints are untouched"
-    _fail_together(problem)
+    _fail_together(problem, ranks)
     return target
 
 
@@ -204,7 +194,7 @@ def load(
             manifest = read_manifest(checkpoint)
         except (ValueError, OSError) as error:
             problem = str(error)
-    _fail_together(problem)
+    _fail_together(problem, ranks)
     manifest = ranks.broadcast(manifest)
     shards = checkpoint / manifest["shards"]
     names = sorted(manifest["files"])[ranks.rank :: ranks.world_size]  # each rank checks its share of the files
@@ -217,7 +207,7 @@ def load(
         problem = (
             f"checkpoint {checkpoint} cannot be read on rank {ranks.rank}: {error}; is it on a shared file system?"
         )
-    _fail_together(problem)
+    _fail_together(problem, ranks)
 
     state = _state(model, optimizer)
     ours = {name: list(value.shape) for name, value in state["model"].items()}

@@ -142,9 +142,7 @@ def _open_token_folder(folder: Path) -> tuple[np.ndarray, np.ndarray, int]:
         for split in ("train", "validation"):
             size = (folder / f"{split}.bin").stat().st_size
             if size != counts[split] * dtype.itemsize:
-                fail(
-                    f"{folder}/{split}.bin has {size} bytes, meta.json says {counts[split]} {dtype}; make it again"
-                )
+                fail(f"{folder}/{split}.bin has {size} bytes, meta.json says {counts[split]} {dtype}; make it again")
     except (KeyError, TypeError, ValueError) as error:
         fail(f"{folder}/meta.json is not what python -m common.data tokenize writes ({error!r}); make it again")
     train, validation = (np.memmap(folder / f"{split}.bin", dtype=dtype, mode="r") for split in ("train", "validation"))

@@ -16,7 +16,7 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -83,12 +83,19 @@ class Ranks:
         if dist.is_initialized():
             dist.barrier(device_ids=self.device_ids)
 
-    def broadcast(self, value: object) -> object:
+    def broadcast(self, value: Any) -> Any:
         """Give every rank the picklable `value` of rank 0."""
         values = [value]
         if dist.is_initialized():
             dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable value, by rank, on all ranks."""
+        values = [value] * self.world_size
+        if dist.is_initialized():
+            dist.all_gather_object(values, value)
+        return values
 
     def leave(self) -> None:
         """Wait for all ranks, then destroy the process group.

@@ -89,14 +89,15 @@ class Run:
         self.rows: list[dict[str, Any]] = []
         self.validation: dict[int, float] = {}
 
-        answer: Any = ranks.broadcast(self._open_folder() if ranks.is_main else None)
+        answer = ranks.broadcast(self._open_folder() if ranks.is_main else None)
         self.folder: Path = answer[0]
         self._resume_from: Path | None = answer[1]
         problem: str | None = answer[2]
         if problem:
             fail(problem)
+        hosts = sorted(set(ranks.all_gather(socket.gethostname())))
         if ranks.is_main:
-            self._write_run_record(strategy, mesh or {"data": ranks.world_size}, fingerprint)
+            self._write_run_record(strategy, mesh or {"data": ranks.world_size}, fingerprint, hosts)
         stop_signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         self._handlers = {number: signal.signal(number, self._on_signal) for number in stop_signals}
         self._bar = tqdm(
@@ -143,7 +144,7 @@ class Run:
             )
         return folder, start, None
 
-    def _write_run_record(self, strategy: str, mesh: dict[str, int], fingerprint: str | None) -> None:
+    def _write_run_record(self, strategy: str, mesh: dict[str, int], fingerprint: str | None, hosts: list[str]) -> None:
         ranks = self.ranks
         accelerator = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
         self.record = {
@@ -152,7 +153,7 @@ class Run:
             "launcher": ranks.launcher,
             "world_size": ranks.world_size,
             "mesh": mesh,
-            "hosts": sorted({socket.gethostname()}),
+            "hosts": hosts,
             "device": accelerator or f"{platform.machine()} CPU, {os.cpu_count()} cores",
             "unit": self.unit,
             "units_per_step": self.units_per_step,
@@ -380,7 +381,7 @@ class Run:
 
     def finish(self) -> None:
         """Write the curve and print the summary. All ranks must call it."""
-        peaks = checkpoint.all_gather(peak_memory_bytes(self.ranks.device))
+        peaks = self.ranks.all_gather(peak_memory_bytes(self.ranks.device))
         self._bar.close()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)

@@ -258,7 +258,7 @@ class MixtureOfExperts(nn.Module):
         self.up = nn.Parameter(torch.empty(config.experts, config.ffn_width, config.width))
         self.down = nn.Parameter(torch.empty(config.experts, config.width, config.ffn_width))
 
-    @torch.compiler.disable  # how many tokens an expert gets is data: it would be compiled over and over
+    @torch.compiler.disable  # the number of an expert's tokens is data, at which a graph breaks anyway
     def forward(self, hidden: Tensor) -> Tensor:
         tokens = hidden.flatten(0, -2)
         scores = self.router(tokens)
@@ -266,7 +266,6 @@ class MixtureOfExperts(nn.Module):
         shares, chosen = probabilities.topk(self.experts_per_token, dim=-1)
         shares = shares / shares.sum(-1, keepdim=True)
         output = torch.zeros_like(tokens)
-        # An expert without tokens is called all the same: its gradient is then zero, not missing.
         for expert in range(self.gate.shape[0]):
             rows, slots = (chosen == expert).nonzero(as_tuple=True)
             taken = tokens[rows]
@@ -354,13 +353,9 @@ class Transformer(nn.Module):
                 parameter.copy_(initial_weight(name, parameter.shape, self.config, seed))
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compile each block in place, with torch.compile's options; parameter names stay as they are.
-
-        Shapes are static unless the options say otherwise: beside a graph for any size, the recomputation of a
-        checkpointed block can pick another graph than its forward did, and fails.
-        """
+        """Compile each block in place, with torch.compile's options; parameter names stay as they are."""
         for block in self.blocks.values():
-            block.compile(**{"dynamic": False} | options)
+            block.compile(**options)
 
     def checkpoint_activations(self) -> None:
         """From now on keep only each block's input, and compute the block again in backward (1604.06174)."""
