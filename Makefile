@@ -13,10 +13,10 @@ LESSON  := $(shell cat requirements-lesson.txt | cksum)
 CORE    := $(shell cat requirements-lesson.txt requirements.txt | cksum)
 PROJECT := $(shell { pwd; cat pyproject.toml; } | cksum)
 
-.PHONY: help venv venv-lesson train test lint docs exercise grade scaling clean
+.PHONY: help venv venv-lesson train test test-all lint docs exercise grade scaling clean
 
 help: ## this list
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 	@echo '  Settings: VENV=.venv PYTHON=python3 SCRIPT=ddp/train.py NPROC= (default: all GPUs, else 2) ARGS= M=ddp'
 
 venv: ## create .venv with the whole core environment, or bring it up to date
@@ -45,7 +45,10 @@ train: venv-lesson ## train SCRIPT on all GPUs, else with 2 processes on the CPU
 	  [ -z "$$stopped" ] || echo "make: stopped by Ctrl-C, all ranks have ended; torchrun reports it as the traceback above" >&2; \
 	  exit $$code
 
-test: venv ## run the tests: all of them, or make test ARGS="tests/common -k loss"
+test: venv ## run the tests: the whole suite, or make test ARGS="tests/common -k loss"
+	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -m "not slow" $(ARGS)
+
+test-all: venv ## the same, and the slow ones: full trainings, and what must be compiled first
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest $(ARGS)
 
 lint: venv ## check style, format, types and shell scripts

@@ -36,7 +36,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from common.checkpoint import all_gather
 from common.config import Config, TrainConfig
 from common.data import TextConfig, text_datasets
 from common.data_sharding import BatchConfig, BatchPlan, Loader
@@ -153,7 +152,7 @@ class Contest:
         # Some CUDA kernels add up in no fixed order, and AdamW amplifies last bits; CPUs agree in all bits.
         if difference > (1e-3 if self.ranks.device.type == "cuda" else 0.0):
             problem = f"parameters differ by up to {difference:.3g}"
-        return next(filter(None, all_gather(problem)), None)
+        return next(filter(None, self.ranks.all_gather(problem)), None)
 
     def parts(self, steps: int) -> dict[str, float]:
         """Where the difference goes: median seconds a step in the running loop. Trains on: call it last."""

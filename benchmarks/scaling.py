@@ -52,7 +52,7 @@ class Measured:
     ranks: int
     units_per_step: int
     step_seconds: float
-    peak_memory_bytes: int
+    peak_memory_bytes: list[int]  # by rank; of rank 0 alone where run.json does not have them all
     last_loss: float
     record: dict[str, Any]  # run.json
 
@@ -107,7 +107,7 @@ def summarise(mode: str, rounds: list[dict[int, Measured]]) -> list[dict[str, An
                 "units_per_second": spread([run.units_per_step / run.step_seconds for run in runs]),
                 "speed_up": spread([speed_up(mode, *each) for each in times]),
                 "efficiency": spread([efficiency(mode, *each) for each in times]),
-                "peak_memory_bytes": max(run.peak_memory_bytes for run in runs),
+                "peak_memory_bytes": [max(p) for p in zip(*(r.peak_memory_bytes for r in runs), strict=True)],
                 "last_loss": runs[0].last_loss,
             }
         )
@@ -187,7 +187,7 @@ def read_run(folder: Path, warmup: int) -> Measured:
         ranks=record["world_size"],
         units_per_step=record["units_per_step"],
         step_seconds=statistics.median(row["step_seconds"] for row in rows[warmup:]),
-        peak_memory_bytes=max(row["peak_memory_bytes"] for row in rows),
+        peak_memory_bytes=record.get("peak_memory_bytes") or [max(row["peak_memory_bytes"] for row in rows)],
         last_loss=rows[-1]["loss"],
         record=record,
     )
@@ -348,7 +348,7 @@ def table(result: dict[str, Any]) -> str:
             ranged(row["units_per_second"], ",.0f"),
             f"{row['speed_up']['median']:.2f} ({row['ranks'] / base:g})",
             ranged(row["efficiency"], ".0f", 100),
-            f"{row['peak_memory_bytes'] / 2**30:.2f}",
+            f"{max(row['peak_memory_bytes']) / 2**30:.2f}",
             f"{row['last_loss']:.4f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
@@ -502,6 +502,7 @@ def main() -> None:
     first = rounds[0][options.ranks[0]].record
     base = options.ranks[0]
     rows = summarise(options.mode, rounds)
+    whose = "the fullest rank" if len(rows[-1]["peak_memory_bytes"]) == rows[-1]["ranks"] else "rank 0"
     gpus = gpu_count() if "CPU" not in first["device"] else 0
     for row in rows:
         per_node = min(row["ranks"], options.ranks_per_node or row["ranks"])
@@ -520,7 +521,7 @@ def main() -> None:
         "warmup_steps": options.warmup,
         "repeats": options.repeats,
         "unit": first["unit"],
-        "memory": f"peak of rank 0, {'allocated on the GPU' if gpus else 'resident, libraries included'}",
+        "memory": f"peak of {whose}, {'allocated on the GPU' if gpus else 'resident, libraries included'}",
         "formulas": formulas(options.mode, base),
         "notes": driver.notes,
         "rows": rows,

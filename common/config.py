@@ -180,6 +180,10 @@ def _explain(message: str, parser: ArgumentParser, arguments: list[str]) -> str:
         key, allowed, value = found.groups()
         allowed = re.sub(r"<class '(\w+)'>|typing\.|Literal\[(.*)\]", r"\1\2", allowed)
         return f"{source}: {key} = {value.strip()} has the wrong type or value; allowed: {allowed}"
+    if found := re.search(r'key "([\w.]+)".*Subtypes: \[(.*?)\]\n.*Given value: (.*)', message, re.DOTALL):
+        key, allowed, value = found.groups()
+        allowed = re.sub(r"<class '(\w+)'>", r"\1", allowed).replace("NoneType", "null")
+        return f"{source}: {key} = {value.strip()} has the wrong type; allowed: {allowed}"
     return f"{source}: {message}"
 
 

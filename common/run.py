@@ -202,11 +202,6 @@ class Run:
         if self._resume_from is not None:
             self.say(f"resumed from {self._resume_from}: {self.first_step} steps done")
         self.say(f"{self.ranks.world_size} process(es) on {self.record['device']}, run folder {self.folder}")
-        if self.flops_per_unit:
-            peak = f"{self.peak_flops / 1e12:.0f} TFLOP/s" if self.peak_flops else "unknown for this device, so no MFU"
-            self.say(
-                f"{self.flops_per_unit / 1e6:.3g} MFLOP per {self.unit[:-1]} (common/flops.py); peak per device: {peak}"
-            )
 
     def _open_tensorboard(self) -> Any:
         if self.config.wandb:

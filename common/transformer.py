@@ -390,7 +390,7 @@ class Transformer(nn.Module):
         hidden = tokens if self.embedding is None else self.embedding(tokens)
         rotary = rotary_angles(positions, self.config, torch.promote_types(hidden.dtype, torch.float32))
         for number, block in self.blocks.items():
-            if self.checkpointing and torch.is_grad_enabled():
+            if self.checkpointing and cache is None and torch.is_grad_enabled():
                 hidden = checkpoint(  # without dropout there is no random state to keep
                     block, hidden, rotary, positions, None, use_reentrant=False, preserve_rng_state=False
                 )

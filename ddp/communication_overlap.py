@@ -24,7 +24,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -57,13 +57,13 @@ class Steps:
 
 @dataclass
 class Batch:
-    global_size: int = 8
+    global_size: int = 24
     """Samples per step over all ranks."""
 
 
 @dataclass
 class RandomText:
-    sequence_length: int = 128
+    sequence_length: int = 64
     """Random tokens per sample: their meaning changes neither times nor bytes."""
 
 
@@ -85,13 +85,13 @@ class OverlapConfig:
         length, longest = self.data.sequence_length, self.model.max_sequence
         if self.bucket_cap_mb <= 0 or self.train.steps < 1 or not 1 <= length <= longest:
             raise ValueError(
-                f"bucket_cap_mb = {self.bucket_cap_mb} must be above 0, train.steps = {self.train.steps} at least 1, "
-                f"and data.sequence_length = {length} 1 to model.max_sequence = {longest}"
+                f"bucket_cap_mb = {self.bucket_cap_mb} must be above 0, train.steps = {self.train.steps} "
+                f"at least 1, and data.sequence_length = {length} 1 to model.max_sequence = {longest}"
             )
 
 
 def bf16_hook(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Send the gradients as bf16. torch has a bf16_compress_hook, which works with NCCL only; this one is as short."""
+    """Send the gradients as bf16, over any backend; torch's own bf16_compress_hook is for NCCL only."""
     rounded = bucket.buffer().to(torch.bfloat16).div_(dist.get_world_size())
     future = dist.all_reduce(rounded, async_op=True).get_future()
     return future.then(lambda averaged: bucket.buffer().copy_(averaged.value()[0]))
@@ -100,14 +100,14 @@ def bf16_hook(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Te
 def all_settings(cap: float) -> list["Setting"]:
     """Each differs in one thing from `buckets of … MiB`, and PowerSGD from `one bucket`."""
     limit, no_limit = {"bucket_cap_mb": cap}, {"bucket_cap_mb": 2**20}
-    # PowerSGD (arXiv 1905.13727) sends two thin factors of each gradient matrix. torch's hook waits for the first
-    # within the callback that sends the second; with several buckets under way, the two threads of Gloo end up
-    # waiting for each other, for ever. With one bucket there is nothing to wait for.
+    # PowerSGD (arXiv 1905.13727) sends two thin factors of each gradient matrix. torch's hook blocks within a callback
+    # until a factor is averaged. With several buckets under way, both of Gloo's threads are blocked in that way, and
+    # none is left to average anything: a hang. With one bucket, only one of them is.
     power_sgd = PowerSGDState(None, matrix_approximation_rank=2, start_powerSGD_iter=2)
     return [
         Setting("by hand, after backward", limit, by_hand=True),
         Setting("one bucket", no_limit),
-        Setting("default buckets (1, then 25 MiB)", {}),
+        Setting("default: 1, then 25 MiB", {}),
         Setting(f"buckets of {cap:g} MiB", limit),
         Setting(f"buckets of {cap / 4:g} MiB", {"bucket_cap_mb": cap / 4}),
         Setting(f"{cap:g} MiB, gradient_as_bucket_view", limit | {"gradient_as_bucket_view": True}),
@@ -174,9 +174,7 @@ class Setting:
     def prepare(self, model: Transformer, text: torch.Tensor, ranks: Ranks) -> None:
         """Wrap a copy of the model, let DDP settle on its buckets, and count the messages of one step."""
         self.text, self.ranks, self.settled = text, ranks, False
-        self.ddp_model = DistributedDataParallel(
-            copy.deepcopy(model), device_ids=ranks.device_ids, **self.options
-        )
+        self.ddp_model = DistributedDataParallel(copy.deepcopy(model), device_ids=ranks.device_ids, **self.options)
         self.ddp_model.register_comm_hook(None, self.timed_hook)
         for _ in range(WARM_UP_STEPS):
             self.buckets, self.bucket_bytes = [], {}
@@ -289,7 +287,7 @@ def milliseconds(start: Any, end: Any) -> float:
 def main(config: OverlapConfig) -> None:
     ranks = join(config.device)
     if ranks.world_size < 2:
-        fail("one process has nothing to all-reduce; use torchrun --nproc-per-node=2 ddp/communication_overlap.py")
+        fail("one process has nobody to average with; start several with torchrun --nproc-per-node=2")
     batch = BatchConfig(config.batch.global_size)
     plan = BatchPlan(batch, config.batch.global_size, config.seed, ranks.rank, ranks.world_size)
     folder = open_folder(config.output, ranks)
@@ -307,8 +305,9 @@ def main(config: OverlapConfig) -> None:
     by_hand, overlapped = settings[0], settings[3]
     exact = by_hand.gradients()
     results = [setting.result(exact) for setting in settings]
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler complains of a GPU that is not there
     for setting, name in ((by_hand, "by_hand"), (overlapped, "overlapped")):
-        with profile() if ranks.is_main else nullcontext() as profiler:
+        with profile(record_shapes=True) if ranks.is_main else nullcontext() as profiler:
             setting.step()
         if profiler is not None:
             profiler.export_chrome_trace(str(folder / f"trace_{name}.json"))
@@ -318,7 +317,10 @@ def main(config: OverlapConfig) -> None:
         where = f"{ranks.world_size} ranks, {'NCCL' if ranks.device.type == 'cuda' else 'Gloo on the CPU'}"
         draw_timeline(results[:5], where, folder / "timeline.png")
         print_report(results, where, overlapped.name)
-        print(f"\n{folder}: results.json, timeline.png, trace_by_hand.json, trace_overlapped.json")
+        if ranks.device.type == "cpu" and ranks.local_world_size == ranks.world_size:
+            print("Ranks on the cores of one machine have no network to wait for, and so little to gain from overlap;")
+            print("the first lines of this script say how to give them a slow one.")
+        print(f"{folder}: results.json, timeline.png, trace_by_hand.json, trace_overlapped.json")
     ranks.leave()
 
 
@@ -341,31 +343,43 @@ def open_folder(output: str | None, ranks: Ranks) -> Path:
 def print_report(results: list[dict[str, Any]], where: str, detailed: str) -> None:
     """The table of all settings, and one setting bucket by bucket."""
     sizes = [bucket["bytes"] for bucket in results[0]["buckets"]]
-    print(f"{where}; gradients of {sum(sizes) // 4:,} parameters in fp32; {len(results[0]['step_ms'])} steps each\n")
-    print(f"{'':35} buckets  messages       MB  gradients +  all-reducing   step in ms: median     gradient")
-    print(f"{'':35}                       sent  buckets, MB  in backward        (middle half)       off by")
+    print(f"{where}; {sum(sizes) // 4:,} parameters in fp32; {len(results[0]['step_ms'])} steps of each, in turns\n")
+    columns = "{:31}{:>8}{:>9}{:>7}{:>12}{:>14}{:>24}{:>10}"
+    print(
+        columns.format("", "buckets", "messages", "MB", "MB held in", "all-reducing", "ms a step: median", "gradient")
+    )
+    print(columns.format("", "", "", "sent", "gradients", "in backward", "(middle half)", "off by"))
     for row in results:
         low, median, high = quartiles(row["step_ms"])
         print(
-            f"{row['setting']:35}{len(row['buckets']):>8}{len(row['message_bytes']):>10}"
-            f"{sum(row['message_bytes']) / 1e6:>9.2f}{row['gradient_memory_bytes'] / 1e6:>13.2f}"
-            f"{row['share_inside_backward']:>14.0%}{f'{median:.1f} ({low:.1f} to {high:.1f})':>22}"
-            f"{row['relative_gradient_error']:>12.0e}"
+            columns.format(
+                row["setting"],
+                len(row["buckets"]),
+                len(row["message_bytes"]),
+                f"{sum(row['message_bytes']) / 1e6:.2f}",
+                f"{row['gradient_memory_bytes'] / 1e6:.2f}",
+                f"{row['share_inside_backward']:.0%}",
+                f"{median:.1f} ({low:.1f} to {high:.1f})",
+                f"{row['relative_gradient_error']:.0e}",
+            )
         )
+    print("PowerSGD makes up later for what it leaves out: one step is far off, the mean of many less and less.")
+
     row = next(row for row in results if row["setting"] == detailed)
     times = row["median_step"]["all_reduces"]
-    print(f"\n{detailed}, in the order of sending; milliseconds since backward began, in the median step of rank 0")
-    print(f"{'bucket':>6}{'MB':>7}{'full':>8}{'averaged':>10}  meanwhile backward works on       gradients of")
+    print(f"\n{detailed}, in the order of sending; ms since backward began, in the median step of rank 0")
+    print(f"{'bucket':>6}{'MB':>7}{'full':>8}{'averaged':>10}  {'meanwhile, backward computes':30}gradients of")
     for number, (bucket, (full, averaged)) in enumerate(zip(row["buckets"], times, strict=True)):
-        # Bucket j is being filled from the moment bucket j - 1 is full.
-        later = range(number + 1, len(times))
-        busy = [modules(row["buckets"][j]["parameters"]) for j in later if times[j - 1][0] < averaged]
-        meanwhile = ", ".join(dict.fromkeys(name for names in busy for name in names)) or "nothing: it is over"
-        members = bucket["parameters"]
+        # Backward fills bucket j from the moment when bucket j - 1 is full.
+        later = [j for j in range(number + 1, len(times)) if times[j - 1][0] < averaged]
+        busy = first_and_last(module for j in later for module in modules(row["buckets"][j]["parameters"]))
+        members = first_and_last(modules(bucket["parameters"]))
         print(
-            f"{number:>6}{bucket['bytes'] / 1e6:>7.2f}{full:>8.1f}{averaged:>10.1f}  {meanwhile:32}  "
-            f"{members[0]} … {members[-1]}"
+            f"{number:>6}{bucket['bytes'] / 1e6:>7.2f}{full:>8.1f}{averaged:>10.1f}  "
+            f"{busy or 'nothing: it is over':30}{members}"
         )
+    before, after = (statistics.median(result["step_ms"]) for result in (results[0], row))
+    print(f"\nall-reduces after backward: {before:.1f} ms a step; beside it, in the same buckets: {after:.1f} ms")
 
 
 def quartiles(values: list[float]) -> list[float]:
@@ -375,6 +389,11 @@ def quartiles(values: list[float]) -> list[float]:
 def modules(parameters: list[str]) -> list[str]:
     """`blocks.3.ffn.down.weight` → `blocks.3`; `head.weight` → `head`."""
     return [".".join(name.split(".")[: 2 if name.startswith("blocks.") else 1]) for name in parameters]
+
+
+def first_and_last(names: Iterable[str]) -> str:
+    unique = list(dict.fromkeys(names))
+    return " … ".join(dict.fromkeys([unique[0], unique[-1]])) if unique else ""
 
 
 def draw_timeline(results: list[dict[str, Any]], where: str, path: Path) -> None:
@@ -398,12 +417,15 @@ def draw_timeline(results: list[dict[str, Any]], where: str, path: Path) -> None
             panel.barh(1.3 + lane, averaged - full, left=full, height=0.8, color=colour)
         panel.axvline(step["compute_end"], color="0.45", linewidth=0.8, linestyle=":")
         panel.set_ylim(lanes + 1.2, -0.9)
+        panel.set_xlim(0, 1.08 * max(other["median_step"]["end"] for other in results))
         panel.set_yticks([0, 1.3 + (lanes - 1) / 2], ["compute", f"{lanes} bucket{'s' if lanes > 1 else ''}"])
         panel.set_title(
-            f"{row['setting']}: {row['share_inside_backward']:.0%} of all-reducing inside backward", loc="left", fontsize=9
+            f"{row['setting']}: {row['share_inside_backward']:.0%} of all-reducing inside backward",
+            loc="left",
+            fontsize=9,
         )
         panel.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xlabel("milliseconds since backward began; hatched: backward is over, gradients are still on their way")
+    panels[-1].set_xlabel("milliseconds since backward began; hatched: nothing left to compute, gradients on their way")
     figure.suptitle(f"DDP: what overlaps with what ({where}, median step of rank 0)", fontsize=11)
     figure.savefig(path)
 

@@ -210,9 +210,7 @@ def train(
     return model, messages, gradient_off.item()
 
 
-def load(
-    train_set: TokenDataset, plan: BatchPlan, config: AccumulationConfig, ranks: Ranks
-) -> list[MicroBatches]:
+def load(train_set: TokenDataset, plan: BatchPlan, config: AccumulationConfig, ranks: Ranks) -> list[MicroBatches]:
     """The micro-batches of every step. Targets within a sample's prompt are -100: they do not count.
 
     How long the prompt is, 0 to sequence_length - 1 tokens, depends on the sample alone, not on who gets it.

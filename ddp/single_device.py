@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from common.config import Config, parse
 from common.data import text_datasets
 from common.data_sharding import BatchPlan, Loader, evaluation_batches
-from common.flops import flops_per_token
+from common.flops import explain, flops_per_token
 from common.loss import count_valid
 from common.optimizer import build_optimizer, learning_rate, set_learning_rate
 from common.ranks import single_process
@@ -48,6 +48,7 @@ def main(config: Config) -> None:
 
     flops = flops_per_token(config.model, config.data.sequence_length)
     run = Run(config, ranks, "single", tokens_per_step, flops_per_unit=flops, fingerprint=train_set.fingerprint())
+    run.say(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
     run.restore(model, optimizer, scaler)
 
     # ---- training

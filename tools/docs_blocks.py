@@ -61,11 +61,7 @@ def code_lines(name: str, text: str) -> list[str]:
 
 def _bare_string(node: ast.stmt | None) -> str | None:
     """The text of a statement that is nothing but a string: a docstring, or the meaning of a field."""
-    if (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    ):
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
         return node.value.value
     return None
 
@@ -96,9 +92,7 @@ def diff_block(root: Path, words: list[str]) -> str:
     changed, added, removed = changed_lines(names[0], a, names[1], b)
     limit = options.get("max", changed)
     if changed > limit:
-        raise DocsError(
-            f"{names[1]} differs from {names[0]} by {changed} lines of code; at most {limit} are allowed"
-        )
+        raise DocsError(f"{names[1]} differs from {names[0]} by {changed} lines of code; at most {limit} are allowed")
     lines = unified_diff(a.splitlines(), b.splitlines(), *names, n=options.get("context", 2), lineterm="")
     summary = (
         f"{changed} line{'s' * (changed != 1)} of code changed ({added} added, {removed} removed; a replaced "

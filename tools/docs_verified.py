@@ -16,18 +16,7 @@ from docs_blocks import fence
 from docs_markdown import DocsError, markdown_files
 from readme_commands import Block
 
-SCHEMA = (
-    "command",
-    "date",
-    "commit",
-    "hardware",
-    "backend",
-    "world_size",
-    "torch",
-    "python",
-    "exit_code",
-    "seconds",
-)
+SCHEMA = ("command", "date", "commit", "hardware", "backend", "world_size", "torch", "python", "exit_code", "seconds")
 
 
 def records_file(root: Path, page: Path) -> Path:
@@ -69,9 +58,7 @@ def _block_of_page(root: Path, page: Path, command: str) -> Block:
     for block in readme_commands.extract(root, page):
         if wanted in ("\n".join(block.commands), *block.commands):
             return block
-    raise DocsError(
-        f"`{command}` is not one of the commands of {page}; the output would be of something untested"
-    )
+    raise DocsError(f"`{command}` is not one of the commands of {page}; the output would be of something untested")
 
 
 def record_output(root: Path, page: Path, argument: str) -> str:
@@ -94,12 +81,7 @@ def without_machine(output: str, root: Path, runs_dir: Path) -> str:
     """
     output = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output)
     output = "\n".join(line.rstrip("\r").split("\r")[-1].rstrip() for line in output.split("\n"))
-    for path, name in (
-        (runs_dir, "runs"),
-        (runs_dir.resolve(), "runs"),
-        (root.resolve(), "."),
-        (Path.home(), "~"),
-    ):
+    for path, name in ((runs_dir, "runs"), (runs_dir.resolve(), "runs"), (root.resolve(), "."), (Path.home(), "~")):
         if str(path) != "/":
             output = output.replace(str(path), name)
     output = output.replace(" ./", " ")
@@ -134,9 +116,7 @@ def commit(root: Path) -> str:
     head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
     if head.returncode:
         return "unknown"
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
-    )
+    changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
@@ -167,9 +147,7 @@ def verify(root: Path, command: str) -> list[Block]:
     with tempfile.TemporaryDirectory() as folder:
         finished = readme_commands.execute(root, block.script, max(block.timeout_s, 3600), folder)
         if finished.exit_code != block.exit_code:
-            raise DocsError(
-                f"exit code {finished.exit_code}, expected {block.exit_code}:\n{finished.output[-4000:]}"
-            )
+            raise DocsError(f"exit code {finished.exit_code}, expected {block.exit_code}:\n{finished.output[-4000:]}")
         if block.expect and not re.search(block.expect, finished.output, re.MULTILINE):
             raise DocsError(f"the output does not match {block.expect!r}:\n{finished.output[-4000:]}")
         world_size, backend = _ranks_and_backend(block.script, Path(folder))
@@ -219,9 +197,7 @@ def verified_block(root: Path, words: list[str]) -> str:
         command = "<br>".join(f"`{line}`" for line in block.commands).replace("|", "\\|")
         record = records.get("\n".join(block.commands))
         if record:
-            ranks = (
-                f"{record['world_size']} × {record['backend']}" if record["world_size"] > 1 else "1 process"
-            )
+            ranks = f"{record['world_size']} × {record['backend']}" if record["world_size"] > 1 else "1 process"
             versions = f"torch {record['torch']}, Python {record['python']}"
             when = f"{record['date']}, {record['commit']}"
             row = (command, record["hardware"], ranks, versions, when, f"{record['seconds']:.0f}")

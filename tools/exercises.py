@@ -80,7 +80,7 @@ def make_task(text: str, name: str) -> str:
             opened = 0
         elif not opened:
             lines.append(line)
-        elif task:
+        elif task and marker:
             raise DocsError(f"{name}:{number}: code between `# task:` and `# end`")
     if opened:
         raise DocsError(f"{name}:{opened}: `# solution` without `# end`")
@@ -95,9 +95,7 @@ def find(root: Path, room: str) -> list[Exercise]:
     folder = root / room / "exercises"
     if not folder.is_dir():
         with_exercises = sorted(path.parent.name for path in root.glob("*/exercises"))
-        raise DocsError(
-            f"there is no {room}/exercises; rooms with exercises: {', '.join(with_exercises) or 'none'}"
-        )
+        raise DocsError(f"there is no {room}/exercises; rooms with exercises: {', '.join(with_exercises) or 'none'}")
     exercises = []
     for source in sorted(folder.glob("*.py")):
         if source.name == "checks.py":
@@ -127,9 +125,7 @@ def write(root: Path, room: str, exercises: list[Exercise], tasks: Path, force: 
     for exercise in exercises:
         version = hashlib.sha256(exercise.task.encode()).hexdigest()[:12]
         origin = exercise.source.relative_to(root)
-        text = (
-            f"# Your copy of {origin}, version {version}. Edit it, then: make grade M={room}\n{exercise.task}"
-        )
+        text = f"# Your copy of {origin}, version {version}. Edit it, then: make grade M={room}\n{exercise.task}"
         path = tasks / exercise.source.name
         shown = path.relative_to(root) if path.is_relative_to(root) else path
         if path.exists() and not force and _is_edited(path.read_text()):
@@ -200,18 +196,12 @@ def main() -> int:
         command = commands.add_parser(name, help=text)
         command.add_argument("room", help="the folder, for example ddp")
         command.add_argument("names", nargs="*", help="only these exercises")
-        command.add_argument(
-            "--tasks", type=Path, help="where your files are (default: ROOM/exercises/tasks)"
-        )
+        command.add_argument("--tasks", type=Path, help="where your files are (default: ROOM/exercises/tasks)")
         if name == "write":
             command.add_argument("--force", action="store_true", help="overwrite files that you have edited")
         else:
-            command.add_argument(
-                "--solutions", action="store_true", help="grade the solutions instead of your files"
-            )
-            command.add_argument(
-                "--timeout", type=float, default=30.0, help="seconds until a check counts as hanging"
-            )
+            command.add_argument("--solutions", action="store_true", help="grade the solutions instead of your files")
+            command.add_argument("--timeout", type=float, default=30.0, help="seconds until a check counts as hanging")
     arguments = parser.parse_args()
     try:
         exercises = choose(find(ROOT, arguments.room), arguments.names)

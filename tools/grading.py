@@ -80,9 +80,7 @@ def run_check(source: Path, checks: Path, name: str, world_size: int, timeout_s:
             outcomes = _collect(ours, timeout_s)
             waiting = sorted(set(range(world_size)) - set(outcomes))
             if waiting and all(outcome.status == PASSED for outcome in outcomes.values()):
-                return _hang(
-                    source, folder, {r: ranks[r].pid or 0 for r in waiting}, sorted(outcomes), timeout_s
-                )
+                return _hang(source, folder, {r: ranks[r].pid or 0 for r in waiting}, sorted(outcomes), timeout_s)
         finally:
             for process in ranks:
                 process.kill()
@@ -131,9 +129,7 @@ def _hang(source: Path, folder: Path, waiting: dict[int, int], done: list[int], 
     else:
         reason = "your code did not come to an end; an endless loop?"
     return Outcome(
-        HANGS,
-        f"{reason} (stopped after {timeout_s:.0f} s):\n{'; '.join(places)}",
-        _read(folder / "rank0.log"),
+        HANGS, f"{reason} (stopped after {timeout_s:.0f} s):\n{'; '.join(places)}", _read(folder / "rank0.log")
     )
 
 
@@ -166,9 +162,7 @@ def _redirected(folder: Path, rank: int) -> Iterator[None]:
     yield
 
 
-def _judge(
-    source: Path, checks: Path, name: str, rank: int, world_size: int, folder: Path
-) -> tuple[str, str]:
+def _judge(source: Path, checks: Path, name: str, rank: int, world_size: int, folder: Path) -> tuple[str, str]:
     """(status, message) of the check on this rank."""
     import torch
     import torch.distributed as dist
@@ -181,9 +175,7 @@ def _judge(
     except BaseException as error:  # also SyntaxError, SystemExit
         return CRASHED, f"the file cannot be imported: {_explain(error, source)}"
     method = f"file://{folder / 'store'}"
-    dist.init_process_group(
-        "gloo", init_method=method, rank=rank, world_size=world_size, timeout=timedelta(minutes=30)
-    )
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=world_size, timeout=timedelta(minutes=30))
     try:
         getattr(load(checks, "checks"), f"check_{name}")(module, rank, world_size)
     except NotImplementedError as error:

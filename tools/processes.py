@@ -44,9 +44,7 @@ def run(command: list[str], timeout_s: float, cwd: Path, environment: Mapping[st
         try:
             exit_code = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            _send(
-                process.pid, signal.SIGTERM
-            )  # torchrun passes this on; a plain kill would orphan its workers
+            _send(process.pid, signal.SIGTERM)  # torchrun passes this on; a plain kill would orphan its workers
             with suppress(subprocess.TimeoutExpired):
                 process.wait(5)
         finally:

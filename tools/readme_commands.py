@@ -80,13 +80,9 @@ def extract(root: Path, path: Path) -> list[Block]:
                 raise DocsError(f"{where}: `{annotation[1]}` stands above ```{fence.language}, not ```bash")
             continue
         if fence.language != "bash":
-            raise DocsError(
-                f"{where}: found ```{fence.language}; write commands in ```bash and output in ```text"
-            )
+            raise DocsError(f"{where}: found ```{fence.language}; write commands in ```bash and output in ```text")
         if not annotation:
-            raise DocsError(
-                f"{where}: a ```bash fence without `<!-- run … -->` or `<!-- parse: needs … -->` above"
-            )
+            raise DocsError(f"{where}: a ```bash fence without `<!-- run … -->` or `<!-- parse: needs … -->` above")
         if annotation[1] == "shown":
             raise DocsError(f"{where}: `shown` is for ```text; commands are run or parsed")
         blocks.append(_block(path, fence.start + 1, annotation[1], annotation[2], fence.text, where))
@@ -137,9 +133,7 @@ def environment(runs_dir: Path | str) -> dict[str, str]:
 
     What a surrounding launcher or make has left there would reach the command, and is taken out.
     """
-    foreign = re.compile(
-        r"(SLURM|OMPI|PMIX?|TORCHELASTIC)_.*|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)"
-    )
+    foreign = re.compile(r"(SLURM|OMPI|PMIX?|TORCHELASTIC)_.*|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)")
     of_make = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
     kept = {k: v for k, v in os.environ.items() if not foreign.fullmatch(k) and k not in of_make}
     return {
@@ -153,9 +147,7 @@ def environment(runs_dir: Path | str) -> dict[str, str]:
 
 def execute(root: Path, script: str, timeout_s: float, runs_dir: Path | str) -> processes.Finished:
     """Run `script` with bash in the repository root; the whole family of processes ends with it."""
-    return processes.run(
-        ["bash", "-c", f"set -euo pipefail\n{script}"], timeout_s, root, environment(runs_dir)
-    )
+    return processes.run(["bash", "-c", f"set -euo pipefail\n{script}"], timeout_s, root, environment(runs_dir))
 
 
 def run_problem(root: Path, block: Block, runs_dir: Path | str) -> str | None:
@@ -174,9 +166,7 @@ def run_problem(root: Path, block: Block, runs_dir: Path | str) -> str | None:
 def main() -> int:
     import readme_parse  # it imports this module
 
-    parser = argparse.ArgumentParser(
-        description="List the command blocks of all pages, or test those of some."
-    )
+    parser = argparse.ArgumentParser(description="List the command blocks of all pages, or test those of some.")
     parser.add_argument("pages", nargs="*", type=Path, help="Markdown files whose blocks are run or checked")
     pages = parser.parse_args().pages
     failed = 0

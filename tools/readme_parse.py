@@ -71,17 +71,25 @@ def _simple_commands(line: str) -> list[list[str]]:
     return [words for words in commands if words]
 
 
-def _check_command(root: Path, words: list[str]) -> None:
+def _check_command(root: Path, words: list[str], variables: dict[str, str] | None = None) -> None:
+    """`variables`: what stands before the command as NAME=value."""
+    variables = dict(variables or {})
+    _check_files(root, words)
     while words and (words[0] in PREFIXES or re.match(r"^\w+=", words[0])):
+        name, equals, value = words[0].partition("=")
+        variables |= {name: value} if equals else {}
         words = words[1:]
     if not words or words[0] in ("for", "done", "fi", "case", "esac"):
         return
-    _check_files(root, words)
     program, rest = Path(words[0]).name, words[1:]
     if program == "env":
-        _check_command(root, [w for w in rest if not w.startswith("-")])
+        _check_command(root, [w for w in rest if not w.startswith("-")], variables)
     elif program in ("srun", "sbatch", "salloc"):
-        _check_command_or_script(root, program, _after_slurm_options(program, rest))
+        words = _after_slurm_options(program, rest)
+        if program == "sbatch" and words:
+            _check_shell_script(root, words[0], words[1:], variables)
+        elif words:
+            _check_command(root, words, variables)
     elif program == "torchrun":
         script, script_arguments, module = _after_torchrun_options(tuple(_filled(rest)))
         _check_python(root, script, script_arguments, module)
@@ -90,7 +98,7 @@ def _check_command(root: Path, words: list[str]) -> None:
     elif program in ("bash", "sh"):
         rest = rest[next((i for i, w in enumerate(rest) if not w.startswith("-")), len(rest)) :]
         if rest and "-c" not in words:
-            _check_shell_script(root, rest[0], rest[1:])
+            _check_shell_script(root, rest[0], rest[1:], variables)
     elif program == "make":
         _check_make(root, rest)
     elif program in LAUNCHERS:
@@ -98,7 +106,7 @@ def _check_command(root: Path, words: list[str]) -> None:
         if at is not None:
             _check_python(root, rest[at], tuple(_filled(rest[at + 1 :])), module=False)
     elif (root / words[0]).is_file() and words[0].endswith((".sh", ".sbatch")):
-        _check_shell_script(root, words[0], rest)
+        _check_shell_script(root, words[0], rest, variables)
 
 
 def _filled(words: list[str]) -> list[str]:
@@ -109,7 +117,7 @@ def _filled(words: list[str]) -> list[str]:
 def _check_files(root: Path, words: list[str]) -> None:
     """Every word that looks like a file of ours must be one; `/path/to/…`, `~`, `$X` are the reader's."""
     for word in words:
-        path = word.split("=", 1)[1] if word.startswith("-") and "=" in word else word
+        path = re.sub(r"^(-[\w.-]+|\w+)=", "", word)
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*\.(py|sh|sbatch|ya?ml|json|toml|ipynb|md|txt)", path):
             continue
         if path.startswith(("runs/", "-")) or path.endswith(("metrics.json", "hostfile.txt")):
@@ -135,13 +143,6 @@ def _after_slurm_options(program: str, words: list[str]) -> list[str]:
             takes_next = word[1] not in flags and len(word) == 2
         index += 2 if takes_next else 1
     return words[index:]
-
-
-def _check_command_or_script(root: Path, program: str, words: list[str]) -> None:
-    if program == "sbatch" and words:
-        _check_shell_script(root, words[0], words[1:])
-    elif words:
-        _check_command(root, words)
 
 
 @cache
@@ -179,24 +180,25 @@ def _check_make(root: Path, words: list[str]) -> None:
     makefile = root / "Makefile"
     if not makefile.is_file():
         raise DocsError("there is no Makefile")
-    targets = {
-        t
-        for line in re.findall(r"^([\w .-]+):(?!=)", makefile.read_text(), re.MULTILINE)
-        for t in line.split()
-    }
+    targets = {t for line in re.findall(r"^([\w .-]+):(?!=)", makefile.read_text(), re.MULTILINE) for t in line.split()}
     for word in words:
         if not word.startswith("-") and "=" not in word and word not in targets:
             raise DocsError(f"the Makefile has no target {word}")
 
 
-def _check_shell_script(root: Path, script: str, arguments: list[str]) -> None:
-    """An sbatch or shell file of ours: it exists, and what it passes on fits the Python script it starts."""
+def _check_shell_script(root: Path, script: str, arguments: list[str], variables: dict[str, str]) -> None:
+    """An sbatch or shell file of ours: it exists, and what it passes on fits the Python script that it starts.
+
+    That script is the one on the line with "$@"; `${SCRIPT:-ddp/train.py}` counts as the value of SCRIPT given before
+    the command, or as the default.
+    """
     if "$" in script or script.startswith(("/", "~")):
         return
     if not (root / script).is_file():
         raise DocsError(f"there is no file {script}")
-    code = re.sub(r"^\s*#.*$", "", (root / script).read_text(), flags=re.MULTILINE)
-    passing_on = "\n".join(line for line in code.replace("\\\n", " ").split("\n") if '"$@"' in line)
+    code = re.sub(r"^\s*#.*$", "", (root / script).read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    code = re.sub(r"\$\{(\w+):-([^}]*)\}", lambda match: variables.get(match[1], match[2]), code)
+    passing_on = "\n".join(line for line in code.split("\n") if '"$@"' in line)
     started = set(re.findall(r"[\w./-]+\.py\b", passing_on) or re.findall(r"[\w./-]+\.py\b", code))
     for name in started:
         if not (root / name).is_file():
@@ -227,9 +229,7 @@ def _check_python(root: Path, script: str, arguments: tuple[str, ...], module: b
 def _python_problem(root: Path, path: Path, arguments: tuple[str, ...]) -> str | None:
     """Ask the program itself: `--print_config` parses all values and exits, argparse lists the flags."""
     code = path.read_text()
-    reads_config = re.search(
-        r"^\s*from common\.config import .*\bparse\b|\bconfig\.parse\(", code, re.MULTILINE
-    )
+    reads_config = re.search(r"^\s*from common\.config import .*\bparse\b|\bconfig\.parse\(", code, re.MULTILINE)
     if not reads_config and "argparse" not in code:
         return f"it takes no arguments, found {arguments[0]}" if arguments else None
     relative = path.relative_to(root)

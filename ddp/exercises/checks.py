@@ -53,8 +53,7 @@ def check_shard_the_data(module: ModuleType, rank: int, world_size: int) -> None
             for r in range(ranks):
                 cut = [list(part) for part in module.my_micro_batches(step, 24, 2, r, ranks)]
                 expect(
-                    [sample for part in cut for sample in part] == shares[r]
-                    and all(len(p) == 2 for p in cut),
+                    [sample for part in cut for sample in part] == shares[r] and all(len(p) == 2 for p in cut),
                     f"my_micro_batches({step}, 24, micro_size=2) on rank {r} of {ranks} gives {cut}",
                     f"the share {shares[r]} in pieces of 2, in order",
                     "cut the share of this rank, not the global batch",
@@ -67,9 +66,7 @@ def check_shard_the_data(module: ModuleType, rank: int, world_size: int) -> None
             found = call()
         except ValueError:
             continue
-        expect(
-            False, f"{what}: no error, but {found}", "ValueError", "a silent remainder changes the training"
-        )
+        expect(False, f"{what}: no error, but {found}", "ValueError", "a silent remainder changes the training")
 
 
 # ------------------------------------------------------------------------------------------ exercise 2
@@ -110,9 +107,7 @@ class CountAllReduce(TorchDispatchMode):
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[str, float]:
     """The name of the tensor that differs most, and by how much."""
     differences = {name: (a[name] - b[name]).abs().max().item() for name in a}
-    name = max(
-        differences, key=lambda key: differences[key] if differences[key] == differences[key] else 1e300
-    )
+    name = max(differences, key=lambda key: differences[key] if differences[key] == differences[key] else 1e300)
     return name, differences[name]
 
 
@@ -152,9 +147,7 @@ def check_average_the_gradients(module: ModuleType, rank: int, world_size: int) 
         "skip a parameter whose grad is None: zeros make AdamW decay a weight that nothing trains",
     )
     missing = sorted(set(expected) - set(found))
-    expect(
-        not missing, f"{', '.join(missing)} lost its gradient", "a gradient", "work in place, or assign .grad"
-    )
+    expect(not missing, f"{', '.join(missing)} lost its gradient", "a gradient", "work in place, or assign .grad")
     name, difference = largest_difference(found, expected)
     if difference > 1e-12 or difference != difference:
         hint = "compare with the gradient of one process that sees the whole batch"

@@ -45,9 +45,7 @@ def my_micro_batches(step: int, global_size: int, micro_size: int, rank: int, wo
     # solution
     share = my_share(step, global_size, rank, world_size)
     if len(share) % micro_size:
-        raise ValueError(
-            f"a share of {len(share)} samples is not a multiple of the micro-batch of {micro_size}"
-        )
+        raise ValueError(f"a share of {len(share)} samples is not a multiple of the micro-batch of {micro_size}")
     return [share[start : start + micro_size] for start in range(0, len(share), micro_size)]
     # task: # A range can be sliced: range(10, 20)[2:4] is range(12, 14).
     # task: raise NotImplementedError("my_micro_batches")

@@ -87,6 +87,7 @@ def test_wrong_file(tmp_path, capsys, text, words):
     (["--train.stepz=3"], ["train.stepz", "'3'"]),
     (["--learning_rate", "3"], ["learning_rate", "allowed here"]),
     (["--train.steps", "3.5"], ["train.steps = 3.5", "int"]),
+    (["--model.layers", "abc"], ["model.layers = abc", "int, null"]),
     (["--train.steps"], ["train.steps", "expected one argument"]),
     (["--config", "nowhere.yaml"], ["nowhere.yaml", "does not exist"]),
     (["stray"], ["stray"]),

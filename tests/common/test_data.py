@@ -46,8 +46,13 @@ def images(source, path=None, **settings):
 # --------------------------------------------------------------------------------------------------------------- text
 
 
-def test_the_embedded_text_is_the_standard_library_split_by_file():
-    train, validation = text()
+@pytest.fixture(scope="module")
+def embedded():
+    return text()
+
+
+def test_the_embedded_text_is_the_standard_library_split_by_file(embedded):
+    train, validation = embedded
     assert len(train.tokens) > 3_000_000 and 0.05 < len(validation.tokens) / len(train.tokens) < 0.25
     parts = [train.tokens.tobytes(), validation.tokens.tobytes()]
     names = ("argparse.py", "ast.py", "bisect.py", "csv.py", "json/decoder.py", "heapq.py", "pickle.py", "sched.py",
@@ -59,9 +64,10 @@ def test_the_embedded_text_is_the_standard_library_split_by_file():
     assert {tuple(places) for places in where} == {(True, False), (False, True)}
 
 
-def test_the_split_is_the_same_every_time():
-    assert [part.fingerprint() for part in text()] == [part.fingerprint() for part in text()]
-    assert text()[0].fingerprint() != text()[1].fingerprint()
+def test_the_split_is_the_same_every_time(embedded):
+    fingerprints = [part.fingerprint() for part in embedded]
+    assert fingerprints == [part.fingerprint() for part in text()]
+    assert fingerprints[0] != fingerprints[1]
 
 
 def test_samples_are_neighbouring_windows(tmp_path):
@@ -86,7 +92,7 @@ def test_validation_samples_are_spread_over_the_set(tmp_path):
 
 
 def test_text_that_cannot_be_used(refused, tmp_path):
-    refused("data.path = .*nothing.txt: no such text file", call=lambda: text(tmp_path / "nothing.txt"))
+    refused("data.path = .*nothing.txt: no such", call=lambda: text(tmp_path / "nothing.txt"))
     (tmp_path / "short.txt").write_bytes(b"too short")
     refused("has [0-9] tokens", "sequence_length", call=lambda: text(tmp_path / "short.txt"))
     (tmp_path / "text.txt").write_bytes(bytes(1000))
@@ -110,7 +116,8 @@ def test_text_settings_that_cannot_work(settings, says):
 
 
 def tokenize(monkeypatch, *arguments):
-    """What `python -m common.data tokenize …` does, in this process."""
+    """What `python -m common.data tokenize …` does, in this process and without its progress bar."""
+    monkeypatch.setattr("tqdm.tqdm", lambda items, **_: items)
     monkeypatch.setattr(sys, "argv", ["data.py", "tokenize", *map(str, arguments)])
     data.main()
 

@@ -262,10 +262,10 @@ def test_attention_function_can_be_replaced():
 
 @CONFIGS
 @pytest.mark.parametrize("pieces", [[20], [1] * 20, [7, 1, 1, 5, 6]], ids=["at once", "one by one", "pieces"])
-@torch.no_grad()
 def test_decoding_with_a_cache_equals_the_full_forward(config, pieces):
     tokens, _ = make_tokens()
     model = make_model(config)
+    model.checkpoint_activations()  # which decoding does without
     cache = KVCache(24)
     logits = torch.cat([model(piece, cache=cache) for piece in tokens.split(pieces, dim=1)], dim=1)
     assert cache.length == 20
@@ -330,7 +330,7 @@ def test_checkpointed_and_compiled_blocks_take_batches_of_any_size(config):
     plain, model = make_model(config), make_model(config)
     model.checkpoint_activations()
     model.compile_blocks(backend="aot_eager")
-    for batch in (3, 1, 3):
+    for batch in (3, 2, 3):
         loss, gradients = loss_and_gradients(plain, tokens[:batch], targets[:batch])
         found_loss, found = loss_and_gradients(model, tokens[:batch], targets[:batch])
         torch.testing.assert_close(found_loss, loss, rtol=0, atol=1e-11)

@@ -216,13 +216,7 @@ def test_extract_reads_options_and_joins_lines(tmp_path: Path) -> None:
     text = '- item\n\n  <!-- run: timeout=5 expect="two words" exit=2 slow -->\n'
     text += "  ```bash\n  echo \\\n    x  # why\n  # note\n  ```\n"
     (block,) = readme_commands.extract(tmp_path, page(tmp_path, text))
-    assert (block.kind, block.timeout_s, block.expect, block.exit_code, block.slow) == (
-        "run",
-        5,
-        "two words",
-        2,
-        True,
-    )
+    assert (block.kind, block.timeout_s, block.expect, block.exit_code, block.slow) == ("run", 5, "two words", 2, True)
     assert block.commands == ["echo x"] and block.where == "README.md:4"
 
 
@@ -265,9 +259,7 @@ def test_shown_output_and_nested_fences_need_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_running(tmp_path: Path, options: str, script: str, problem: str | None) -> None:
-    (block,) = readme_commands.extract(
-        tmp_path, page(tmp_path, f"<!-- run: {options} -->\n```bash\n{script}\n```\n")
-    )
+    (block,) = readme_commands.extract(tmp_path, page(tmp_path, f"<!-- run: {options} -->\n```bash\n{script}\n```\n"))
     found = readme_commands.run_problem(tmp_path, block, tmp_path)
     assert found is None if problem is None else problem in (found or "")
 
@@ -278,12 +270,8 @@ def test_a_timeout_ends_the_whole_family(tmp_path: Path) -> None:
         "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
         "open({!r}, 'w').write(str(os.getpid())); time.sleep(99)"
     )
-    scripts = [
-        f'{sys.executable} -c "{worker.format(str(tmp_path / name))}"' for name in ("child", "grandchild")
-    ]
-    finished = processes.run(
-        ["bash", "-c", f"setsid {scripts[0]} & {scripts[1]}"], 2, tmp_path, dict(os.environ)
-    )
+    scripts = [f'{sys.executable} -c "{worker.format(str(tmp_path / name))}"' for name in ("child", "grandchild")]
+    finished = processes.run(["bash", "-c", f"setsid {scripts[0]} & {scripts[1]}"], 2, tmp_path, dict(os.environ))
     assert finished.exit_code is None
     for name in ("child", "grandchild"):
         status = Path(f"/proc/{(tmp_path / name).read_text()}/stat")
@@ -324,6 +312,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "room" / "job.sbatch").write_text(
         '#!/bin/bash\n# not other.py\nsource x.sh\nsrun torchrun \\\n  room/train.py "$@"\n'
     )
+    (root / "room" / "launch.sh").write_text('exec torchrun "${SCRIPT:-room/train.py}" "$@"\n')
     (root / "Makefile").write_text("VAR := x\ntrain test: venv\n\techo\n")
     (root / "common").symlink_to(ROOT / "common")
     return root
@@ -353,6 +342,11 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("sbatch --nodes=4 --gpus-per-node 8 room/job.sbatch --train.steps 5", None),
         ("sbatch room/job.sbatch --train.stepz 5", "train.stepz"),
         ("sbatch room/gone.sbatch", "no file room/gone.sbatch"),
+        ("room/launch.sh --train.steps 5", None),
+        ("bash room/launch.sh --train.stepz 5", "train.stepz"),
+        ("SCRIPT=room/tool.py room/launch.sh --rank 3", "no option --rank"),
+        ("export SCRIPT=room/gone.py && bash room/launch.sh", "no file room/gone.py"),
+        ("SCRIPT=./gone.py room/launch.sh", "gone.py"),
         ("mpirun -np 4 python room/tool.py --rank 3", "no option --rank"),
         ("ls /path/to/data/config.yaml ~/x.yaml", None),
     ],

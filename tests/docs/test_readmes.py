@@ -28,9 +28,7 @@ def _blocks() -> list[Block]:
 BLOCKS = _blocks()
 RUN = [
     pytest.param(
-        block,
-        id=block.where,
-        marks=[pytest.mark.timeout(block.timeout_s + 60), *[pytest.mark.slow] * block.slow],
+        block, id=block.where, marks=[pytest.mark.timeout(block.timeout_s + 60), *[pytest.mark.slow] * block.slow]
     )
     for block in BLOCKS
     if block.kind == "run"

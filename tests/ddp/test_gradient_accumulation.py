@@ -1,0 +1,90 @@
+"""ddp/gradient_accumulation.py: its table says what it must, and the script notices when it does not."""
+
+import re
+
+import pytest
+
+SCRIPT, CASES = "ddp/gradient_accumulation.py", "tests/ddp/cases.py"
+# Two layers of width 32: neither the counts nor the equality depend on the size.
+SMALL = ["--model.width", "32", "--model.ffn_width", "48", "--model.layers", "2", "--train.steps", "2"]
+BLOCK = 2 * 32 + 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48  # norms; query, output; key, value (4 of 8 heads); ffn
+PARAMETERS = 2 * 256 * 32 + 32 + 2 * BLOCK  # embedding and head, last norm, two blocks
+
+
+def read_table(output: str) -> dict[str, tuple[int, float, float, float, str]]:
+    """Variant → (all-reduces a step, MB sent, gradient off by, loss after, found)."""
+    row = re.compile(r"^(\S.*?) {2,}(\d+) +([\d.]+) +(\d\.\de[+-]\d+) +([\d.]+) +(\S.*)$", re.MULTILINE)
+    return {
+        name: (int(count), float(sent), float(off), float(loss), found)
+        for name, count, sent, off, loss, found in row.findall(output)
+    }
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_right_ways_are_equal_and_wrong_ones_are_found(launch, ranks):
+    output = launch(SCRIPT, *SMALL, nproc=ranks).stdout
+    table = read_table(output)
+    micro_batches = 24 // 2 // ranks
+    # All gradients of so small a model fit into one bucket: one round is one all-reduce.
+    assert {name: (row[0], row[4]) for name, row in table.items()} == {
+        "one batch per rank": (1, "right"),
+        "sync in every micro-batch": (micro_batches, "sends every time"),
+        "no_sync, forward and backward": (1, "right"),
+        "no_sync, backward only": (micro_batches, "sends every time"),
+        "mean of micro-batch means": (1, "wrong gradient"),
+        "sync the first, not the last": (1, "wrong gradient, ranks differ"),
+    }
+    right = table["one batch per rank"]
+    at_first = float(re.search(r"before the first step: ([\d.]+)", output)[1])
+    for name, (count, sent, off, loss, found) in table.items():
+        assert sent == pytest.approx(count * PARAMETERS * 8 / 1e6, abs=0.005), name  # fp64; printed with two decimals
+        assert loss < at_first, name  # it falls, whatever is wrong
+        if "gradient" in found:
+            assert off > 1e-4, name
+            assert loss != right[3], name
+        else:
+            assert off < 1e-12, name  # fp64: only the order of the additions differs
+            assert loss == right[3], name
+
+
+def test_the_script_fails_when_it_finds_something_else(launch, tmp_path):
+    """Put right code where a mistake is announced, and the other way round: each of them must be reported."""
+    swapped = tmp_path / "swapped.py"
+    swapped.write_text(
+        "import sys\n"
+        "sys.path.insert(0, 'ddp')\n"
+        "import gradient_accumulation as lesson\n"
+        "right, wrong = lesson.no_sync_until_last, lesson.mean_of_means\n"
+        "for name, (_, expected) in lesson.VARIANTS.items():\n"
+        "    lesson.VARIANTS[name] = (right if expected else wrong, expected)\n"
+        "lesson.main(lesson.parse(lesson.AccumulationConfig))\n"
+    )
+    ended = launch(swapped, *SMALL, check=False)
+    assert ended.returncode == 1
+    message = next(line for line in ended.stderr.splitlines() if "not what this lesson says" in line)
+    names = list(read_table(ended.stdout))
+    assert len(names) == 6
+    assert all(f"{name}: " in message for name in names), message
+    assert "The right ways" not in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train.steps", "1"], "train.steps = 1 cannot work; allowed: at least 2"),
+        (["--batch.micro_size", "12"], "nothing to accumulate; make batch.global_size larger"),
+        (["--batch.global_size", "25"], "batch.global_size = 25 does not divide among 2 data-parallel ranks"),
+    ],
+)
+def test_mistakes_end_in_one_line(group, arguments, message):
+    for code, text in group(2)(CASES, "ends", SCRIPT, arguments):
+        assert code == 2
+        assert message in text
+        assert text.count("error: ") == 1, text
+        assert "Traceback" not in text
+
+
+def test_one_process_is_told_how_to_start_several(launch):
+    ended = launch(SCRIPT, nproc=0, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: one process cannot drift apart; use torchrun")
