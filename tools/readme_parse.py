@@ -120,10 +120,8 @@ def _check_files(root: Path, words: list[str]) -> None:
         path = re.sub(r"^(-[\w.-]+|\w+)=", "", word)
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*\.(py|sh|sbatch|ya?ml|json|toml|ipynb|md|txt)", path):
             continue
-        if path.startswith(("runs/", "-")) or path.endswith(("metrics.json", "hostfile.txt")):
-            continue
-        if not (root / path).exists():
-            raise DocsError(f"there is no file {path}")
+        if not path.startswith(("runs/", "-")) and not (root / path).exists():
+            raise DocsError(f"there is no file {path} (for one that readers bring, write /path/to/{path})")
 
 
 def _after_slurm_options(program: str, words: list[str]) -> list[str]:

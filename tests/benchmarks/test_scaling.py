@@ -37,7 +37,8 @@ batch = 6 if "--ignore-batch" in sys.argv else batch
 folder = os.path.join(given["runs_dir"], given["run_name"])
 os.makedirs(os.path.join(folder, "checkpoints"))
 record = {"world_size": world, "units_per_step": 10 * batch, "unit": "tokens", "device": "x86_64 CPU, 2 cores"}
-record |= {"peak_memory_bytes": [7, 9][:world], "git_commit": "abc", "versions": {"torch": os.environ["OMP_NUM_THREADS"]}}
+record |= {"peak_memory_bytes": [7, 9][:world], "git_commit": "abc"}
+record["versions"] = {"torch": os.environ["OMP_NUM_THREADS"]}
 json.dump(record, open(os.path.join(folder, "run.json"), "w"))
 with open(os.path.join(folder, "metrics.jsonl"), "w") as file:
     for step in range(int(given["train.steps"])):
@@ -189,7 +190,7 @@ def test_strong_scaling_of_a_lesson(launch, tmp_path) -> None:
 
 @pytest.fixture
 def scale(tmp_path, monkeypatch):
-    """The driver, in this process, on the stand-in script; its first 3 steps of 5 are slow. Returns the results' folder."""
+    """The driver, in this process, on the stand-in script; its first 3 steps of 5 are slow; gives the results."""
     script, output = tmp_path / "stand_in.py", tmp_path / "result"
     script.write_text(STAND_IN)
     before = signal.getsignal(signal.SIGTERM)

@@ -1,6 +1,8 @@
 """Which samples belong to which rank, step and micro-batch: exact at any world size, and nothing to save."""
 
+import gc
 import itertools
+import multiprocessing
 import re
 
 import pytest
@@ -94,8 +96,9 @@ def test_a_loader_goes_to_any_step():
 def test_a_step_that_was_broken_off_starts_again():
     """As when Ctrl-C ends a notebook cell between two micro-batches and the cell is run again."""
     loader = Loader(Numbers(), plan(0, 8, 4), CPU)
-    first, _ = next(loader.micro_batches(0))
-    again, _ = next(loader.micro_batches(0))
+    list(loader.micro_batches(0))
+    first, _ = next(loader.micro_batches(1))
+    again, _ = next(loader.micro_batches(1))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
@@ -122,6 +125,19 @@ def test_loading_leaves_the_global_generator_alone():
     torch.manual_seed(1)
     list(evaluation_batches([torch.tensor(0)], 1, CPU))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_processes_of_a_loader_end_with_it():
+    """Not when the garbage collector comes round to it: they hold on to files and pipes of this process."""
+    loader = Loader(Numbers(), plan(0, 8), CPU, workers=2)
+    list(loader.micro_batches(0))
+    assert len(multiprocessing.active_children()) == 2
+    gc.disable()
+    try:
+        del loader
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
 
 
 def test_micro_batches_say_which_is_the_last():

