@@ -201,7 +201,7 @@ class Run:
         self._board = self._open_tensorboard()
         if self._resume_from is not None:
             self.say(f"resumed from {self._resume_from}: {self.first_step} steps done")
-        self.say(f"{self.ranks.world_size} process(es) on {self.record['device']}, run folder {self.folder}")
+        self.say(f"world size {self.ranks.world_size} on {self.record['device']}, run folder {self.folder}")
 
     def _open_tensorboard(self) -> Any:
         if self.config.wandb:
@@ -290,12 +290,14 @@ class Run:
             values = torch.empty(3, dtype=torch.float64, pin_memory=True).copy_(values, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._pending = (step, work, values, grad_norm, lr, event)
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        self._pending = (step, work, values, grad_norm, lr, seconds, event)
 
     def _read_pending(self) -> None:
         if self._pending is None:
             return
-        step, work, values, grad_norm, lr, event = self._pending
+        step, work, values, grad_norm, lr, seconds, event = self._pending
         self._pending = None
         if event is not None:
             event.synchronize()
@@ -305,8 +307,6 @@ class Run:
                 work.wait()
             loss_sum, stop = values.tolist()
         self._stopping = self._stopping or stop > 0
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
         loss = loss_sum / self.units_per_step
         if self.ranks.is_main:
             self._write_step(step, loss, float(grad_norm), lr, seconds)

@@ -48,29 +48,41 @@ class ModelConfig:
     """
 
     preset: str = "tiny"
-    """tiny, tiny_moe, gpt_124m, llama_1b, llama3_8b or llama3_70b: the source of every setting not given."""
+    """A named shape: tiny, tiny_moe, gpt_124m, llama_1b, llama3_8b, llama3_70b."""
     vocabulary: int = _FROM_PRESET
+    """Number of different tokens."""
     width: int = _FROM_PRESET
+    """Size of the residual stream."""
     layers: int = _FROM_PRESET
+    """Transformer blocks."""
     heads: int = _FROM_PRESET
+    """Attention heads."""
     kv_heads: int = _FROM_PRESET
-    """Key-value heads, a divisor of heads: fewer of them is grouped-query attention."""
+    """Key-value heads; fewer than heads: grouped-query attention."""
     head_size: int = _FROM_PRESET
-    """By default width / heads."""
+    """Size of one head; by default width / heads."""
     ffn_width: int = _FROM_PRESET
+    """Inner width of the feed-forward layer (of each expert)."""
     max_sequence: int = _FROM_PRESET
+    """Longest sequence that the model accepts."""
     rope_theta: float = _FROM_PRESET
+    """Base of the rotary embedding's frequencies."""
     rope_factor: float = _FROM_PRESET
-    """1: plain rotary embeddings; more: Llama 3.1's scaling, with the three settings that follow."""
+    """1: plain rotary embedding; above: Llama 3.1's scaling, with the three settings below."""
     rope_low_frequency_factor: float = _FROM_PRESET
+    """Wavelengths above rope_original_sequence / this are stretched by rope_factor."""
     rope_high_frequency_factor: float = _FROM_PRESET
+    """Wavelengths below rope_original_sequence / this stay as they are."""
     rope_original_sequence: int = _FROM_PRESET
+    """The sequence length before the scaling."""
     norm_eps: float = _FROM_PRESET
+    """Added to the mean square in RMSNorm."""
     tied: bool = _FROM_PRESET
     """The head uses the embedding's weight."""
     experts: int = _FROM_PRESET
-    """Experts in each block's feed-forward part, each ffn_width wide; 0: a dense model."""
+    """Experts of each feed-forward layer; 0: dense."""
     experts_per_token: int = _FROM_PRESET
+    """How many experts each token goes to."""
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:

@@ -52,7 +52,7 @@ def test_the_next_command_that_the_summary_offers_works(launch, tmp_path):
 
 @pytest.mark.parametrize("script", ["ddp/train.py", "ddp/single_device.py"])
 def test_plain_python_is_one_process(launch, script):
-    assert "1 process(es)" in launch(script, *QUICK, nproc=0).stdout
+    assert "world size 1 on" in launch(script, *QUICK, nproc=0).stdout
 
 
 def test_minimal(launch):
@@ -84,7 +84,7 @@ def test_two_torchruns_as_on_two_machines(tmp_path):
                 "--master-addr=127.0.0.1", f"--master-port={port}"]  # fmt: skip
     arguments = ["ddp/train.py", *QUICK, "--runs_dir", str(tmp_path / "runs")]
     outputs = start_all([{}, {}], lambda node: [*torchrun, f"--node-rank={node}", *arguments])
-    assert "2 process(es)" in "".join(outputs)
+    assert "world size 2 on" in "".join(outputs)
     assert len(read_rows(only_run(tmp_path))) == 3
 
 
@@ -101,7 +101,7 @@ def test_one_task_a_device(tmp_path, launcher):
     }[launcher]  # fmt: skip
     command = [sys.executable, "ddp/train.py", *QUICK, "--runs_dir", str(tmp_path / "runs")]
     outputs = start_all([variables("0"), variables("1")], lambda rank: command)
-    assert "2 process(es)" in "".join(outputs)
+    assert "world size 2 on" in "".join(outputs)
     run = only_run(tmp_path)
     assert len(read_rows(run)) == 3
     assert run.name == f"ddp-train-job{job}" if launcher == "srun" else run.name.startswith("ddp-train-")
