@@ -42,7 +42,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """bf16 and fp16 compute in autocast over fp32 weights; fp64 holds everything in double, for proofs."""
     compile: bool = False
-    """Compile each transformer block with torch.compile."""
+    """Compile the model with torch.compile (the transformer block by block)."""
     activation_checkpointing: bool = False
     """Recompute the activations of each block in backward instead of keeping them."""
     log_every: int = 10

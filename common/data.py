@@ -372,7 +372,7 @@ def main() -> None:
             fail(f"--tokenizer {arguments.tokenizer}: {str(error).splitlines()[0]}")
         end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         encode, vocabulary = ((lambda text: tokenizer.encode(text, add_special_tokens=False) + end), len(tokenizer))
-    documents = tqdm(_documents(arguments.input, arguments.column), desc="tokenizing", unit=" documents")
+    documents = tqdm(_documents(arguments.input, arguments.column), desc="tokenizing", unit=" documents", disable=None)
     try:
         counts = write_token_folder(documents, encode, vocabulary, arguments.output, arguments.tokenizer)
     except OSError as error:

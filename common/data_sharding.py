@@ -117,7 +117,7 @@ class _ByPosition(Dataset):
         if not self.augments:
             return self.dataset[self.plan.sample(position)]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(self.plan.seed, "augment", position))
+            torch.default_generator.manual_seed(derive_seed(self.plan.seed, "augment", position))
             return self.dataset[self.plan.sample(position)]
 
 
@@ -138,22 +138,34 @@ class Loader:
         self._stream: Iterator[Any] = iter(())
 
     def _open(self, first_step: int) -> Iterator[Any]:
+        plan = self.plan  # not self: a cycle of references would keep the loader processes alive
+
         def endless() -> Iterator[range]:
             step = first_step
             while True:
-                yield from self.plan.positions(step)
+                yield from plan.positions(step)
                 step += 1
 
         sampler: Any = endless()
+        own = torch.Generator()  # else opening a loader would draw from the global one
         pinned = self.device.type == "cuda"
-        return iter(DataLoader(self.dataset, batch_sampler=sampler, num_workers=self.workers, pin_memory=pinned))
+        return iter(
+            DataLoader(self.dataset, batch_sampler=sampler, num_workers=self.workers, pin_memory=pinned, generator=own)
+        )
 
     def micro_batches(self, step: int) -> Iterator[tuple[Any, bool]]:
         """Yield (micro_batch, is_last) for this rank's part of `step`, in order, on the device."""
         if step != self._next_step:
             self._stream = self._open(step)
+        self._next_step = None  # until all of this step has been taken
         for number in range(1, self.plan.accumulation + 1):
-            yield to_device(next(self._stream), self.device), number == self.plan.accumulation
+            try:
+                batch = next(self._stream)
+            except RuntimeError as error:
+                if "DataLoader worker" in str(error):
+                    fail(f"a loader process ended at step {step}: {error}; try --data.workers 0, or look above")
+                raise
+            yield to_device(batch, self.device), number == self.plan.accumulation
         self._next_step = step + 1
 
 
@@ -174,6 +186,7 @@ def evaluation_batches(
     """
     mine = range(rank, len(dataset), world_size)
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    loader: Any = DataLoader(dataset, batch_sampler=batches, num_workers=workers)  # type: ignore[arg-type]
+    own = torch.Generator()
+    loader: Any = DataLoader(dataset, batch_sampler=batches, num_workers=workers, generator=own)  # type: ignore[arg-type]
     for batch in loader:
         yield to_device(batch, device)

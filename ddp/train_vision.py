@@ -160,6 +160,7 @@ def main(config: VisionConfig) -> None:
 
     fingerprint = train_set.fingerprint()
     run = Run(config, ranks, "ddp", images_per_step, "images", flops_per_unit=flops, fingerprint=fingerprint)
+    run.say(f"{flops / 1e6:.4g} MFLOP per image: three times the forward, as torch counts it")
     run.restore(model, optimizer, scaler)
 
     # ---- training
@@ -240,9 +241,7 @@ def average_statistics(model: nn.Module, ranks: Ranks) -> None:
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, dataset, batch_size: int, ranks: Ranks, workers: int = 0
-) -> tuple[float, float]:
+def evaluate(model: nn.Module, dataset, batch_size: int, ranks: Ranks, workers: int = 0) -> tuple[float, float]:
     """Mean loss (without label smoothing) and top-1 accuracy: sums over all ranks, then divided.
 
     In eval mode the logits of an image depend on that image alone, and every image is on exactly one rank: so
