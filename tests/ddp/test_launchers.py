@@ -2,10 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from equality import SMALL, read_rows
-from launching import ROOT, clean_environment, free_port
+from launching import ROOT, clean_environment, free_port, run_command
 
 QUICK = [*SMALL, "--train.steps", "3"]
 
@@ -48,6 +49,16 @@ def test_the_next_command_that_the_summary_offers_works(launch, tmp_path):
     more = launch("ddp/train.py", *command[2:], nproc=0)
     assert "finished after 6 of 6 steps" in more.stdout
     assert [row["step"] for row in read_rows(only_run(tmp_path))] == list(range(6))
+
+
+def test_make_train(tmp_path):
+    if not (Path(sys.prefix) / ".core").is_file():
+        pytest.skip("needs an environment made by `make venv`: else make would install packages now")
+    small = " ".join([*SMALL, "--train.steps", "3"])
+    command = ["make", "train", f"VENV={sys.prefix}", "NPROC=3", f"ARGS={small}"]
+    result = run_command(command, RUNS_DIR=str(tmp_path / "runs"), DEVICE="cpu")
+    assert "world size 3 on" in result.stdout
+    assert "finished after 3 of 3 steps" in result.stdout
 
 
 @pytest.mark.parametrize("script", ["ddp/train.py", "ddp/single_device.py"])
