@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scaling import busy, cores, hardware, in_words, sharing, without_paths  # the file beside this one
+from scaling import cores, hardware, in_words, neighbours, processor_seconds, sharing, without_paths  # beside this file
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -313,23 +313,24 @@ def main() -> None:
     options = parser.parse_args()
     if options.pairs < 1 or (options.steps is not None and options.steps < 1):
         fail(f"--pairs {options.pairs} and --steps {options.steps} must both be at least 1")
-    load = os.getloadavg()[0]
     # One thread, as torchrun sets it: plain python would take all cores.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     ranks = join() if "RANK" in os.environ else single_process()
 
-    rows = []
+    rows, before = [], processor_seconds()
     total = len(options.sizes) * (options.pairs + 1)
     with tqdm(total=total, unit="pair", disable=None if ranks.is_main else True) as bar:
         for size in options.sizes:
             bar.set_description(size)
             rows.append(compare(size, ranks, options.pairs, options.steps or SIZES[size][3], bar))
+    seconds, busy, ours = (now - then for now, then in zip(processor_seconds(), before, strict=True))
+    ours = sum(ranks.all_gather(ours))  # of all ranks: one machine is taken for granted
     ranks.leave()
     if not ranks.is_main:
         return
     about = [row.pop("record") for row in rows][-1]
     on_cpu = ranks.device.type == "cpu"
-    notes = [busy(load)]
+    notes = [neighbours(seconds, busy, ours)]
     notes.append(sharing(ranks.local_world_size, torch.get_num_threads(), cores(), 0) if on_cpu else None)
     launcher = ["python"]
     if ranks.launcher != "python":

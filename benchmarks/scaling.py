@@ -294,11 +294,20 @@ def hardware(device: str) -> dict[str, Any]:
     return about | ({} if "CPU" in device else {"gpu": device, "gpus": gpu_count()})
 
 
-def busy(load: float) -> str | None:
-    """A warning where other programs were at work; `load`: the load average before we began."""
-    if load < 0.25 * cores():
+def processor_seconds() -> tuple[float, float, float]:
+    """Seconds on the clock, busy ones of all this machine's cores, and ours of them, ended children included."""
+    machine = psutil.cpu_times()
+    busy = (getattr(machine, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal"))
+    return time.monotonic(), sum(busy), sum(os.times()[:4])
+
+
+def neighbours(seconds: float, busy: float, ours: float) -> str | None:
+    """A warning where other programs were at work meanwhile: what is busy and not ours (5 % are forgiven)."""
+    machine = os.cpu_count() or 1
+    if busy - ours < 0.05 * machine * seconds:
         return None
-    return f"measured on a shared machine: load average {load:.1f} on {plural(cores(), 'core')} beforehand"
+    kept = f"other programs kept {(busy - ours) / seconds:.1f} of its {plural(machine, 'core')} busy meanwhile"
+    return f"measured on a shared machine: {kept}"
 
 
 def in_words(about: dict[str, Any]) -> str:
@@ -425,7 +434,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
     if many:
         left.set_yscale("log", base=2)
-        left.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        left.set_yticks(ideal, [f"{value:,.0f}" for value in ideal])
     else:
         left.set_ylim(0, 1.08 * max(*ideal, *(row["units_per_second"]["max"] for row in rows)))
     left.legend(loc="upper left")
@@ -490,15 +499,15 @@ def main() -> None:
         fail(f"--output {options.output}: {error.strerror}; choose a folder you can write to")
     if (options.output / "runs").exists():
         fail(f"--output {options.output} holds a measurement already; choose another folder")
-    load = os.getloadavg()[0]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run in progress is ended too
 
     driver = Driver(options, script_arguments)
-    driver.note(busy(load))
+    before = processor_seconds()
     try:
         rounds = driver.rounds()
     except KeyboardInterrupt:
         sys.exit(f"stopped; the runs that ended are in {options.output}/runs")
+    driver.note(neighbours(*(now - then for now, then in zip(processor_seconds(), before, strict=True))))
     first = rounds[0][options.ranks[0]].record
     base = options.ranks[0]
     rows = summarise(options.mode, rounds)

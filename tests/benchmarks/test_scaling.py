@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -103,6 +104,20 @@ def test_sharing_is_said() -> None:
     assert scaling.sharing(2, 1, 2, 0) is None
     assert scaling.sharing(9, 1, 96, 8) == f"9 ranks share 8 GPUs: {says}"
     assert scaling.sharing(8, 1, 2, 8) is None  # ranks on GPUs: the cores do not count
+
+
+def test_other_programs_are_noticed(monkeypatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert scaling.neighbours(seconds=100.0, busy=150.0, ours=145.0) is None
+    warning = "measured on a shared machine: other programs kept 0.8 of its 2 cores busy meanwhile"
+    assert scaling.neighbours(seconds=100.0, busy=150.0, ours=70.0) == warning
+
+
+def test_our_own_work_and_that_of_our_children_is_ours() -> None:
+    before = scaling.processor_seconds()
+    subprocess.run([sys.executable, "-c", "sum(range(20_000_000))"], check=True)
+    _, busy, ours = (now - then for now, then in zip(scaling.processor_seconds(), before, strict=True))
+    assert 0.1 < ours <= 1.1 * busy + 0.1  # the machine's clock is coarse: it counts in hundredths of a second
 
 
 def test_command_lines_lose_paths_outside() -> None:
