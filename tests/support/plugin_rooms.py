@@ -19,8 +19,13 @@ def room_of(node_id: str) -> str:
 def covers_everything(config: pytest.Config) -> bool:
     """Whether this run was asked for all tests: no path, no -k, no -m, nothing else that selects some."""
     option = config.option
-    selected = option.keyword or option.markexpr not in ("", "not slow") or option.deselect or option.ignore or option.ignore_glob
-    selected = selected or getattr(option, "lf", False) or getattr(option, "stepwise", False)
+    selected = option.keyword or option.deselect or option.ignore or option.ignore_glob
+    selected = (
+        selected
+        or option.markexpr not in ("", "not slow")
+        or getattr(option, "lf", False)
+        or getattr(option, "stepwise", False)
+    )
     everything = {str(Path(path)) for path in config.getini("testpaths")}
     return not selected and not option.collectonly and {str(Path(path)) for path in config.args} == everything
 
