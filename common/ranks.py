@@ -21,6 +21,11 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+# Optimizers import this module, and the defaults of its functions (`group=group.WORLD`) keep whatever group exists at
+# that moment. Imported here, before any does, they keep none; else ours would outlive `leave`, and a finished process
+# would abort now and then ("terminate called without an active exception") when Python takes its threads away.
+import torch.distributed.nn
+
 from common import network
 
 

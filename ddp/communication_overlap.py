@@ -321,6 +321,8 @@ def main(config: OverlapConfig) -> None:
             print("Ranks on the cores of one machine have no network to wait for, and so little to gain from overlap;")
             print("the first lines of this script say how to give them a slow one.")
         print(f"{folder}: results.json, timeline.png, trace_by_hand.json, trace_overlapped.json")
+    for setting in settings:  # DDP holds on to the process group, whose threads must end before Python does
+        del setting.ddp_model
     ranks.leave()
 
 

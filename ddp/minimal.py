@@ -11,6 +11,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # optimizers import it, and it keeps a group that exists by then alive beyond our end
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch.nn.parallel import DistributedDataParallel
@@ -67,4 +68,5 @@ for epoch in range(EPOCHS):
 
 # 6. Leave together: a rank that is gone while others still talk makes them fail.
 dist.barrier()
+del ddp_model  # it holds the process group, whose threads must end before Python does
 dist.destroy_process_group()

@@ -21,6 +21,7 @@ You need `dist.all_reduce(tensor)`, which replaces `tensor` by the *sum* over al
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before a group exists, which it would keep alive: see common/ranks.py
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn

@@ -19,6 +19,7 @@ Leave `build_model` and `global_batch` as they are.
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before a group exists, which it would keep alive: see common/ranks.py
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn

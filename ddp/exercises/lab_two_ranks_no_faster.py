@@ -20,6 +20,7 @@ import itertools
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before a group exists, which it would keep alive: see common/ranks.py
 import torch.nn.functional as F
 import torch.utils.data
 from sklearn.datasets import load_digits

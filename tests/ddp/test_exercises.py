@@ -41,11 +41,7 @@ def test_the_untouched_task_does_not(exercise: exercises.Exercise, tmp_path: Pat
 def test_a_lab_runs_green_with_a_falling_loss(exercise: exercises.Exercise, tmp_path: Path) -> None:
     exercises.write(ROOT, "ddp", [exercise], tmp_path, force=False)
     command = ["torchrun", "--standalone", "--nproc-per-node=2", str(tmp_path / exercise.source.name)]
-    for _ in range(2):
-        finished = processes.run(command, 120, ROOT, readme_commands.environment(tmp_path))
-        # On a busy machine a Gloo process now and then aborts after its last line, barrier or not: not our subject.
-        if "terminate called without an active exception" not in finished.output:
-            break
+    finished = processes.run(command, 120, ROOT, readme_commands.environment(tmp_path))
     assert finished.exit_code == 0, finished.output
     losses = [float(loss) for loss in re.findall(r"loss ([0-9.]+)", finished.output)]
     assert len(losses) == 5 and losses[-1] < losses[0] / 3

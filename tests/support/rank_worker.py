@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before a group exists, which it would keep alive: see common/ranks.py
 
 
 def load(path: str):
