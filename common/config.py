@@ -46,7 +46,7 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Recompute the activations of each block in backward instead of keeping them."""
     log_every: int = 10
-    """Steps between two printed metric lines; metrics.jsonl gets every step."""
+    """Steps between two printed metric lines (and points in TensorBoard); metrics.jsonl gets every step."""
     eval_every: int = 0
     """Steps between two evaluations; 0 evaluates once, at the end."""
     check_replicas_every: int = 50

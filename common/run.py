@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import resource
 import secrets
 import signal
 import socket
@@ -25,7 +26,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 import yaml
@@ -260,7 +260,10 @@ class Run:
         if self.ranks.is_main:
             self._bar.update(self.first_step)
         for step in range(self.first_step, self.config.train.steps):
-            torch.manual_seed(derive_seed(self.config.seed, "step", step, self.ranks.rank))
+            seed = derive_seed(self.config.seed, "step", step, self.ranks.rank)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every kind of device, each time
+            if self.ranks.device.type == "cuda":
+                torch.cuda.manual_seed(seed)
             yield step
             self._done = step + 1
             self._bar.update()
@@ -333,8 +336,9 @@ class Run:
             "peak_memory_bytes": memory,
         }
         self.rows.append(row)
-        self._emit(row)
+        self._metrics.write(json.dumps(row) + "\n")
         if step % self.config.train.log_every == 0 or step + 1 == self.config.train.steps:
+            self._send(row)
             mfu = f"  mfu {utilisation:.1%}" if utilisation else ""
             self.say(
                 f"step {step:>5}  loss {loss:.4f}  grad norm {grad_norm:.3f}  lr {lr:.2e}  {rate:,.0f} {self.unit}/s"
@@ -351,13 +355,15 @@ class Run:
         self._read_pending()
         self.validation[step + 1] = val_loss
         if self.ranks.is_main:
-            self._emit({"step": step + 1, "val_loss": val_loss, **more})
+            row = {"step": step + 1, "val_loss": val_loss, **more}
+            self._metrics.write(json.dumps(row) + "\n")
+            self._send(row)
             extra = "".join(f"  {name.replace('_', ' ')} {value:.4f}" for name, value in more.items())
             self.say(f"after {step + 1} steps  validation loss {val_loss:.4f}{extra}")
         self._clock = time.perf_counter()
 
-    def _emit(self, row: dict[str, Any]) -> None:
-        self._metrics.write(json.dumps(row) + "\n")
+    def _send(self, row: dict[str, Any]) -> None:
+        """Give a row to TensorBoard and Weights & Biases: each costs as much as the rest of the record together."""
         if self._board is not None:
             for name, value in row.items():
                 if name != "step" and value is not None:
@@ -414,14 +420,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory that this rank held: allocated on the GPU, or resident in RAM for a CPU rank."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    memory = psutil.Process().memory_info()
-    try:
-        import resource  # not on Windows
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return max(memory.rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-    except ImportError:
-        return memory.rss
+    unit = 1 if sys.platform == "darwin" else 1024  # the kernel's own record, in bytes or KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def plot_loss(rows: list[dict[str, Any]], validation: dict[int, float], path: Path) -> None:
