@@ -11,8 +11,8 @@ enter the process group; times come from a hook that notes when a bucket is full
 output folder gets results.json, a timeline (timeline.png), and traces for ui.perfetto.dev or chrome://tracing.
 
 On one machine whose cores compute *and* communicate, overlap gains little or nothing: there is no waiting to hide.
-It pays where the network keeps the ranks waiting. Linux makes such a network without a second machine and without
-root, in a network namespace that ends with the command:
+It pays where the network keeps the ranks waiting. Linux makes such a network (with iproute2) without a second
+machine and without root, in a network namespace that ends with the command:
 
     unshare --user --map-root-user --net sh -c 'ip link set lo mtu 1500 up
         tc qdisc add dev lo root tbf rate 300mbit burst 64kb limit 16mb
@@ -318,8 +318,8 @@ def main(config: OverlapConfig) -> None:
         draw_timeline(results[:5], where, folder / "timeline.png")
         print_report(results, where, overlapped.name)
         if ranks.device.type == "cpu" and ranks.local_world_size == ranks.world_size:
-            print("Ranks on the cores of one machine have no network to wait for, and so little to gain from overlap;")
-            print("the first lines of this script say how to give them a slow one.")
+            print("Where ranks share the cores of one machine there is little to gain: they have no network to wait for.")
+            print("The first lines of this script say how to give them a slow one.")
         print(f"{folder}: results.json, timeline.png, trace_by_hand.json, trace_overlapped.json")
     for setting in settings:  # DDP holds on to the process group, whose threads must end before Python does
         del setting.ddp_model

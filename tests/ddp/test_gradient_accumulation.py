@@ -10,7 +10,6 @@ SMALL = ["--model.width", "32", "--model.ffn_width", "48", "--model.layers", "2"
 BLOCK = 2 * 32 + 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48  # norms; query, output; key, value (4 of 8 heads); ffn
 PARAMETERS = 2 * 256 * 32 + 32 + 2 * BLOCK  # embedding and head, last norm, two blocks
 
-
 VARIANTS = {  # what must be found, and whether once or in every micro-batch
     "one batch per rank": ("right", "once"),
     "sync in every micro-batch": ("sends every time", "always"),
@@ -35,8 +34,8 @@ def test_right_ways_are_equal_and_wrong_ones_are_found(launch, ranks):
     output = launch(SCRIPT, *SMALL, nproc=ranks).stdout
     table = read_table(output)
     # All gradients of so small a model fit into one bucket: to send them once is one all-reduce.
-    count = {"once": 1, "always": 24 // 2 // ranks}
-    expected = {name: (count[how_often], found) for name, (found, how_often) in VARIANTS.items()}
+    times = {"once": 1, "always": 24 // 2 // ranks}
+    expected = {name: (times[how_often], found) for name, (found, how_often) in VARIANTS.items()}
     assert {name: (row[0], row[4]) for name, row in table.items()} == expected
     right = table["one batch per rank"]
     at_first = float(re.search(r"before the first step: ([\d.]+)", output)[1])
