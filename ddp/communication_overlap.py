@@ -318,7 +318,7 @@ def main(config: OverlapConfig) -> None:
         draw_timeline(results[:5], where, folder / "timeline.png")
         print_report(results, where, overlapped.name)
         if ranks.device.type == "cpu" and ranks.local_world_size == ranks.world_size:
-            print("Where ranks share the cores of one machine there is little to gain: they have no network to wait for.")
+            print("Ranks that share the cores of one machine gain little: there is no network to wait for.")
             print("The first lines of this script say how to give them a slow one.")
         print(f"{folder}: results.json, timeline.png, trace_by_hand.json, trace_overlapped.json")
     for setting in settings:  # DDP holds on to the process group, whose threads must end before Python does
