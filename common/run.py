@@ -95,6 +95,8 @@ class Run:
         problem: str | None = answer[2]
         if problem:
             fail(problem)
+        by_job = os.environ.get("STOP_FILE")  # how slurm/job_env.sh passes on that Slurm takes the nodes away
+        self._stop_files = [self.folder / "stop", *([Path(by_job)] if by_job else [])]
         hosts = sorted(set(ranks.all_gather(socket.gethostname())))
         if ranks.is_main:
             self._write_run_record(strategy, mesh or {"data": ranks.world_size}, fingerprint, hosts)
@@ -245,7 +247,7 @@ class Run:
 
     def _stop_wanted(self) -> bool:
         now = time.monotonic()
-        if self.ranks.is_main and now - self._stop_seen_at > 1 and (self.folder / "stop").exists():
+        if self.ranks.is_main and now - self._stop_seen_at > 1 and any(file.exists() for file in self._stop_files):
             self._stop_requested.set()
         self._stop_seen_at = now if now - self._stop_seen_at > 1 else self._stop_seen_at
         return self._stop_requested.is_set()
@@ -254,7 +256,7 @@ class Run:
         """Yield the steps still to do; ends early, at the same step on all ranks, when any rank was told to stop.
 
         SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (Slurm's warning before the time limit) ask for it, and so does a file
-        named `stop` in the run folder. Dropout and the like see a seed that depends on (seed, step, rank): nothing to
+        named `stop` in the run folder, or the one that STOP_FILE names. Dropout and the like see a seed that depends on (seed, step, rank): nothing to
         save.
         """
         if self.ranks.is_main:

@@ -10,6 +10,7 @@ import sys
 import plugin_rooms
 import pytest
 from launching import Group, run_command
+from slurm_cluster import SlurmCluster, why_not
 
 os.environ["OMP_NUM_THREADS"] = "1"  # ranks share the cores; more threads than cores are many times slower
 
@@ -46,3 +47,15 @@ def group():
     yield get
     for each in groups.values():
         each.stop()
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """A Slurm cluster of two nodes with two GPUs each, started once; see tests/support/slurm_cluster.py."""
+    if reason := why_not():
+        if os.environ.get("REQUIRE_SLURM"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    one = SlurmCluster(f"test-{os.getpid()}", tmp_path_factory.mktemp("cluster"))
+    yield one
+    one.down()

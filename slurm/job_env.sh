@@ -1,0 +1,150 @@
+# shellcheck shell=bash
+# Sourced by every sbatch file, at the repository root. Prepares the job, says what it prepared, and ends the job with
+# one line when something is missing.
+#
+# It reads   CLUSTER         which profile of slurm/profiles/ describes this cluster (default: default)
+#            VENV            the environment's folder (default: .venv, else what is active)
+#            RANKS_PER_NODE  processes on each node (default: its GPUs)
+#            STAGE_ENV=1     copy the environment to each node's own disk first
+#            BANDWIDTH_GATE  GB/s; end the job if an all-reduce between its GPUs is slower
+#            MEMORY_LOG      seconds; log the memory of all nodes this often, beside the job
+# and sets   RANKS_PER_NODE, RDZV_ID, RDZV_ENDPOINT          for torchrun
+#            MASTER_ADDR, MASTER_PORT                        for srun and mpirun with one task a device
+#            SRUN_CPUS_PER_TASK, OMP_NUM_THREADS, STOP_FILE  for all
+# It defines `supervise`, which runs the training so that it is saved and requeued when Slurm takes the nodes away.
+set -euo pipefail
+
+die() {
+    echo "job_env: error: $*" >&2
+    exit 2
+}
+
+[[ -n ${SLURM_JOB_ID:-} ]] || die "this is no Slurm job; submit the file with sbatch"
+[[ -f common/ranks.py ]] || die "the job runs in $PWD; submit it from the repository root"
+
+# ---- the cluster: all facts about it stand in its profile
+CLUSTER=${CLUSTER:-default}
+profile=slurm/profiles/$CLUSTER.sh
+[[ -f $profile ]] || die "CLUSTER=$CLUSTER: there is no $profile; there are: $(cd slurm/profiles && echo *.sh)"
+MODULES=()
+# shellcheck source=slurm/profiles/default.sh
+source "$profile"
+if ((${#MODULES[@]})); then
+    declare -F module >/dev/null || die "profile $CLUSTER loads modules (${MODULES[*]}), and there is no command module"
+    set +u # the modules of many sites read variables that are not set
+    module load "${MODULES[@]}" || die "module load ${MODULES[*]} failed; see module avail, and correct $profile"
+    set -u
+fi
+if [[ -n ${CACHE:-} ]]; then # downloads belong on a large, shared disk, not in the home folder
+    export HF_HOME=${HF_HOME:-$CACHE/huggingface} TORCH_HOME=${TORCH_HOME:-$CACHE/torch}
+fi
+
+# ---- the environment
+if [[ -n ${VENV:-} || -d .venv ]]; then
+    VENV=$(realpath "${VENV:-.venv}")
+    [[ -x $VENV/bin/python ]] || die "there is no environment in $VENV; make one with make venv, or correct VENV"
+    export PATH=$VENV/bin:$PATH
+fi
+command -v torchrun >/dev/null || die "no environment: neither VENV nor .venv, and no torchrun on the PATH; make venv"
+
+each_node=(srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1)
+if [[ ${STAGE_ENV:-0} == 1 ]]; then
+    # Python opens thousands of small files when it starts: slow on a shared disk, worse from a hundred nodes at once.
+    # One node reads them, once; the archive travels to the others through Slurm.
+    [[ -f ${VENV:-}/pyvenv.cfg ]] || die "STAGE_ENV=1 copies an environment made by venv; found ${VENV:-none}"
+    : "${LOCAL_STORAGE:?profile $CLUSTER names no LOCAL_STORAGE to stage the environment to}"
+    staged=$LOCAL_STORAGE/environment-$SLURM_JOB_ID SECONDS=0
+    tar -C "$VENV" -cf "$staged.tar" . || die "could not pack $VENV into $staged.tar; is there room?"
+    if ((SLURM_NNODES > 1)); then sbcast --force "$staged.tar" "$staged.tar"; fi
+    # shellcheck disable=SC2016 # the inner shell expands
+    "${each_node[@]}" bash -c 'mkdir -p "$1" && tar -C "$1" -xf "$1.tar" && rm "$1.tar" &&
+        find "$1/bin" -type f -exec env LC_ALL=C sed -i "1s|^#!$2/|#!$1/|" {} +' _ "$staged" "$VENV" ||
+        die "could not unpack the environment to $staged on every node"
+    export PATH=$staged/bin:$PATH
+    echo "job_env: environment copied to $staged on each node in $SECONDS s"
+fi
+
+# ---- the network: what the profile's kind of network needs; names and reasons: python -m common.network --explain
+network=$(python -m common.network --profile "${NETWORK_PROFILE:-default}") || exit 2
+eval "$network"
+
+# ---- the ranks: how many on a node, and where they meet
+if [[ -z ${RANKS_PER_NODE:-} ]]; then
+    [[ -n ${SLURM_GPUS_ON_NODE:-} ]] || die "the job has no GPUs; submit it with --gpus-per-node=N," \
+        "or, to train on CPUs, with DEVICE=cpu and RANKS_PER_NODE=N in the environment"
+    RANKS_PER_NODE=$SLURM_GPUS_ON_NODE
+    gpus=${SLURM_GPUS:-} # --gpus=N is a total, which Slurm may spread unevenly
+    if [[ -n $gpus && $((RANKS_PER_NODE * SLURM_NNODES)) -ne ${gpus##*:} ]]; then
+        die "--gpus=$gpus does not lie evenly on $SLURM_NNODES nodes; ask for --gpus-per-node=N instead"
+    fi
+fi
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=${hosts%%$'\n'*} # this script runs there
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) # two jobs that share a node get two ports, …
+while (exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do # … and one that is taken is passed over
+    MASTER_PORT=$((MASTER_PORT + 1))
+done
+RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0} # a rank left over from before a requeue cannot join
+RDZV_ENDPOINT=$MASTER_ADDR:$MASTER_PORT
+export RANKS_PER_NODE RDZV_ID RDZV_ENDPOINT MASTER_ADDR MASTER_PORT
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
+    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun no longer inherits it (Slurm 22.05 and later)
+fi
+threads=$((${SLURM_CPUS_ON_NODE:-1} / RANKS_PER_NODE))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+
+# ---- what is stopped with the job, however it ends
+end_job() {
+    rm -f "$STOP_FILE"
+    if [[ -n ${memory_logger:-} ]]; then
+        kill "$memory_logger" 2>/dev/null && wait "$memory_logger" || true
+        python slurm/memory_logger.py summary "$memory_log" --plot "$memory_log/memory.png" || true
+    fi
+    if [[ -n ${staged:-} ]]; then "${each_node[@]}" rm -rf "$staged"; fi
+}
+STOP_FILE=$(realpath -m "${RUNS_DIR:-runs}")/stop-job$SLURM_JOB_ID
+export STOP_FILE
+mkdir -p "${STOP_FILE%/*}" || die "the run folder ${STOP_FILE%/*} cannot be made; set RUNS_DIR"
+rm -f "$STOP_FILE"
+trap end_job EXIT
+
+# ---- preemption: Slurm's signals reach this shell, not the ranks (torchrun would die of USR1). A file reaches them:
+# they agree on a step, save, and end. SIGUSR1 comes before the time limit (--signal=B:USR1@120), or by
+# `scancel --batch --signal=USR1 JOB`; SIGTERM when the job is preempted or cancelled.
+signals=0 requeue=
+ask_to_stop() {
+    signals=$((signals + 1))
+    echo "job_env: SIG$1: the ranks are asked to save and stop"
+    : >"$STOP_FILE"
+}
+trap 'ask_to_stop USR1; requeue=1' USR1
+trap 'ask_to_stop TERM' TERM
+
+supervise() {
+    local pid seen code
+    "$@" &
+    pid=$!
+    while :; do # bash handles a signal only while it waits for something in the background
+        seen=$signals code=0
+        wait "$pid" || code=$?
+        if ((seen == signals)); then break; fi # otherwise a signal has ended the wait, not the command
+    done
+    if [[ $code -eq 0 && -n $requeue ]]; then
+        echo "job_env: saved; job $SLURM_JOB_ID is requeued and will go on from the checkpoint"
+        end_job
+        trap - EXIT TERM
+        scontrol requeue "$SLURM_JOB_ID" || die "Slurm did not requeue the job; submit it again with the same run_name"
+        sleep 60 # Slurm ends this shell
+    fi
+    return "$code"
+}
+
+echo "job_env: job $SLURM_JOB_ID on ${hosts//$'\n'/ }: $SLURM_NNODES node(s) × $RANKS_PER_NODE ranks," \
+    "profile $CLUSTER, rendezvous $RDZV_ENDPOINT, environment ${VENV:-$(dirname "$(dirname "$(command -v torchrun)")")}"
+
+if [[ -n ${BANDWIDTH_GATE:-} ]]; then slurm/bandwidth_gate.sh "$BANDWIDTH_GATE"; fi
+if [[ -n ${MEMORY_LOG:-} ]]; then
+    memory_log=$(realpath -m "${RUNS_DIR:-runs}")/memory-job$SLURM_JOB_ID
+    "${each_node[@]}" --overlap python slurm/memory_logger.py --output "$memory_log" --interval "$MEMORY_LOG" &
+    memory_logger=$!
+fi
