@@ -422,9 +422,9 @@ def require_tools() -> None:
     if missing:
         packages = " ".join(dict.fromkeys(TOOLS[tool] for tool in missing))
         stop(
-            f"not installed: {', '.join(missing)}; Debian and Ubuntu: apt-get install --no-install-recommends {packages} "
-            "(and stop the daemons that the packages start: systemctl disable --now slurmctld slurmd); other systems: "
-            "their Slurm packages, or the Docker Compose cluster"
+            f"not installed: {', '.join(missing)}; Debian and Ubuntu: apt-get install --no-install-recommends "
+            f"{packages} (and systemctl disable --now slurmctld slurmd, which the packages start); other systems: "
+            "packages of the same names, or the Docker Compose cluster"
         )
 
 
@@ -465,8 +465,16 @@ def forward(cluster: Cluster, target: str, port: int | None) -> None:
     listening.listen()
     os.set_inheritable(listening.fileno(), True)  # bound here, it goes on listening here when we enter the namespace
     print(f"http://localhost:{listening.getsockname()[1]} leads to {target} until Ctrl-C", flush=True)
-    inner = cluster.login.command(sys.executable, __file__, "relay", str(listening.fileno()), host, there)
-    os.execvp(inner[0], inner)
+    user = [] if ROOT else ["--user", "--preserve-credentials"]
+    enter = [
+        "nsenter",
+        "-t",
+        str(cluster.login.pid),
+        *user,
+        "--net",
+        "--mount",
+    ]  # not its processes: a kill must reach us
+    os.execvp(enter[0], [*enter, sys.executable, __file__, "relay", str(listening.fileno()), host, there])
 
 
 def main() -> None:

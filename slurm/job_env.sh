@@ -41,8 +41,8 @@ fi
 
 # ---- the environment
 if [[ -n ${VENV:-} || -d .venv ]]; then
-    VENV=$(realpath "${VENV:-.venv}")
-    [[ -x $VENV/bin/python ]] || die "there is no environment in $VENV; make one with make venv, or correct VENV"
+    VENV=$(realpath -m "${VENV:-.venv}")
+    [[ -x $VENV/bin/torchrun ]] || die "there is no environment with torch in $VENV; make venv, or correct VENV"
     export PATH=$VENV/bin:$PATH
 fi
 command -v torchrun >/dev/null || die "no environment: neither VENV nor .venv, and no torchrun on the PATH; make venv"

@@ -60,9 +60,8 @@ class SlurmCluster:
         deadline = time.monotonic() + timeout
         while (shown := self.show(job))["JobState"] != state:
             if shown["JobState"] in ENDED or time.monotonic() > deadline:
-                pytest.fail(
-                    f"job {job} is {shown['JobState']} ({shown['Reason']}), expected {state}\n{self.output(job)[-4000:]}"
-                )
+                now = f"{shown['JobState']} ({shown['Reason']})"
+                pytest.fail(f"job {job} is {now}, expected {state}\n{self.output(job)[-4000:]}")
             time.sleep(0.2)
         return shown
 
