@@ -5,6 +5,8 @@ SCRIPT ?= ddp/train.py
 NPROC  ?=
 ARGS   ?=
 M      ?= ddp
+NODES  ?= 2
+GPUS   ?= 2
 
 BIN := $(VENV)/bin
 PIP := "$(BIN)/python" -m pip --disable-pip-version-check install
@@ -13,11 +15,11 @@ LESSON  := $(shell cat requirements-lesson.txt | cksum)
 CORE    := $(shell cat requirements-lesson.txt requirements.txt | cksum)
 PROJECT := $(shell { pwd; cat pyproject.toml; } | cksum)
 
-.PHONY: help venv venv-lesson train test test-all lint docs exercise grade scaling clean
+.PHONY: help venv venv-lesson train test test-all test-slurm-all lint docs exercise grade scaling doctor cluster-up cluster-down clean
 
 help: ## this list
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
-	@echo '  Settings: VENV=.venv PYTHON=python3 SCRIPT=ddp/train.py NPROC= (default: all GPUs, else 2) ARGS= M=ddp'
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+	@echo '  Settings: VENV=.venv PYTHON=python3 SCRIPT=ddp/train.py NPROC= (default: all GPUs, else 2) ARGS= M=ddp NODES=2 GPUS=2'
 
 venv: ## create .venv with the whole core environment, or bring it up to date
 	@$(create_venv)
@@ -51,13 +53,17 @@ test: venv ## run the tests: the whole suite, or make test ARGS="tests/common -k
 test-all: venv ## the same, and the slow ones: full trainings, and what must be compiled first
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest $(ARGS)
 
-lint: venv ## check style, format, types and shell scripts
+test-slurm-all: venv ## really run every job file of the repository on a Slurm cluster on this machine
+	@OMP_NUM_THREADS=1 REQUIRE_SLURM=1 "$(BIN)/python" -m pytest tests/slurm/test_every_job_file.py $(ARGS)
+
+lint: venv ## check style, format, types, shell scripts and job files
 	@failed=; PATH="$(BIN):$$PATH"; \
 	  ruff check . || failed=1; \
 	  ruff format --check . || failed=1; \
 	  mypy || failed=1; \
 	  find . \( -name .git -o -name '.venv*' -o -name runs \) -prune -o \
 	    -type f \( -name '*.sh' -o -name '*.sbatch' -o -path ./.ci/run \) -exec shellcheck -x {} + || failed=1; \
+	  python tools/sbatch_lint.py || failed=1; \
 	  [ -z "$$failed" ]
 
 docs: venv ## rewrite the generated parts of all READMEs
@@ -71,6 +77,15 @@ grade: venv-lesson ## grade your solutions on the CPU: make grade M=ddp
 
 scaling: venv-lesson ## measure how SCRIPT scales, as a table and a plot
 	@"$(BIN)/python" benchmarks/scaling.py "$(SCRIPT)" $(ARGS)
+
+doctor: venv-lesson ## check this machine: packages, GPUs, network, disks, Slurm; what to do about each problem
+	@"$(BIN)/python" prerequisites/doctor.py $(ARGS)
+
+cluster-up: ## start a Slurm cluster on this machine: make cluster-up NODES=2 GPUS=2
+	@"$(PYTHON)" slurm/cluster.py up --nodes "$(NODES)" --gpus-per-node "$(GPUS)"
+
+cluster-down: ## end it; nothing stays behind
+	@"$(PYTHON)" slurm/cluster.py down
 
 clean: ## remove caches and build leftovers; environments and runs/ stay
 	@find . \( -name .git -o -name '.venv*' -o -name runs \) -prune -o -type d \

@@ -32,6 +32,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+DEFAULT = "tutorial"
 NETWORK = "10.77.0"  # exists only inside the namespaces: it can meet neither your network nor another cluster's
 TOOLS = {
     "slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "ip": "iproute2", "tc": "iproute2",
@@ -480,9 +481,7 @@ def forward(cluster: Cluster, target: str, port: int | None) -> None:
 def main() -> None:
     """The command line. Ends with 2 after one line for a mistake, else with the exit code of what it ran."""
     parser = argparse.ArgumentParser("slurm/cluster.py", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--name", default=os.environ.get("SLURM_CLUSTER_NAME", "tutorial"), help="one of several clusters"
-    )
+    parser.add_argument("--name", default=os.environ.get("CLUSTER_NAME", DEFAULT), help="one of several clusters")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     up = commands.add_parser("up", help="start it")
     up.add_argument("--nodes", type=int, default=2, help="compute nodes, 1 to 200 (default 2)")
@@ -516,7 +515,7 @@ def main() -> None:
                 stop(f"{name} {value}; expected {least} to {most}")
         cluster.up(options.nodes, options.gpus_per_node, options.cpus_per_node)
         print(f"cluster {cluster.name}: {options.nodes} nodes with {options.gpus_per_node} GPUs each, make-believe")
-        print(f"log in with: {sys.executable} slurm/cluster.py --name {cluster.name} exec")
+        print(f"log in with: python slurm/cluster.py {f'--name {cluster.name} ' * (cluster.name != DEFAULT)}exec")
     elif options.command == "down":
         cluster.down()
     elif options.command == "exec":

@@ -97,7 +97,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 end_job() {
     rm -f "$STOP_FILE"
     if [[ -n ${memory_logger:-} ]]; then
-        kill "$memory_logger" 2>/dev/null && wait "$memory_logger" || true
+        # The only step that is left. scancel's signal lets the loggers end; srun, signalled itself, has them killed.
+        local this=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
+        scancel --quiet --signal=TERM "${this:-$SLURM_JOB_ID}" && wait "$memory_logger" || true
         python slurm/memory_logger.py summary "$memory_log" --plot "$memory_log/memory.png" || true
     fi
     if [[ -n ${staged:-} ]]; then "${each_node[@]}" rm -rf "$staged"; fi
@@ -145,6 +147,7 @@ echo "job_env: job $SLURM_JOB_ID on ${hosts//$'\n'/ }: $SLURM_NNODES node(s) × 
 if [[ -n ${BANDWIDTH_GATE:-} ]]; then slurm/bandwidth_gate.sh "$BANDWIDTH_GATE"; fi
 if [[ -n ${MEMORY_LOG:-} ]]; then
     memory_log=$(realpath -m "${RUNS_DIR:-runs}")/memory-job$SLURM_JOB_ID
-    "${each_node[@]}" --overlap python slurm/memory_logger.py --output "$memory_log" --interval "$MEMORY_LOG" &
+    "${each_node[@]}" --overlap \
+        python slurm/memory_logger.py --output "$memory_log" --interval "$MEMORY_LOG" >/dev/null &
     memory_logger=$!
 fi

@@ -66,7 +66,7 @@ def record_output(root: Path, page: Path, argument: str) -> str:
     command, tail = output_command(argument)
     block = _block_of_page(root, page, command)
     with tempfile.TemporaryDirectory() as folder:
-        finished = readme_commands.execute(root, command, max(block.timeout_s, 600), folder)
+        finished = readme_commands.execute(root, command, max(block.timeout_s, 600), folder, block.cluster)
         if finished.exit_code != block.exit_code:
             raise DocsError(f"`{command}` gave exit code {finished.exit_code}:\n{finished.output[-2000:]}")
         text = without_machine(finished.output, root, Path(folder))
@@ -145,7 +145,7 @@ def verify(root: Path, command: str) -> list[Block]:
 
     block = blocks[0]
     with tempfile.TemporaryDirectory() as folder:
-        finished = readme_commands.execute(root, block.script, max(block.timeout_s, 3600), folder)
+        finished = readme_commands.execute(root, block.script, max(block.timeout_s, 3600), folder, block.cluster)
         if finished.exit_code != block.exit_code:
             raise DocsError(f"exit code {finished.exit_code}, expected {block.exit_code}:\n{finished.output[-4000:]}")
         if block.expect and not re.search(block.expect, finished.output, re.MULTILINE):
@@ -155,7 +155,7 @@ def verify(root: Path, command: str) -> list[Block]:
         "command": "\n".join(block.commands),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "commit": commit(root),
-        "hardware": hardware(),
+        "hardware": hardware() + ", Slurm on it" * block.cluster,
         "backend": backend,
         "world_size": world_size,
         "torch": torch.__version__,

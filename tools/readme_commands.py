@@ -3,7 +3,9 @@
 Every ```bash fence says on the line above it what becomes of it:
 
     <!-- run: timeout=120 expect="loss [0-9.]+" -->   executed by the tests: exit code 0 (or `exit=2`),
-                                                      `expect` found in the output; `slow`: `make test-all`
+                                                      `expect` found in the output; `slow`: `make test-all`;
+                                                      `cluster`: on the login node of a Slurm cluster
+                                                      (slurm/cluster.py), and all its jobs must be COMPLETED
     <!-- parse: needs 2 nodes with 8 GPUs -->         not executed; shell, files, options, values are checked
 
 Output that is shown for reading only stands in a ```text fence (optionally under `<!-- shown -->`).
@@ -42,6 +44,7 @@ class Block:
     exit_code: int = 0
     expect: str = ""
     slow: bool = False
+    cluster: bool = False
     needs: str = ""
 
     @property
@@ -115,17 +118,17 @@ def _block(path: Path, line: int, kind: str, text: str, script: str, where: str)
     for word in shlex.split(text):
         name, _, value = word.partition("=")
         options[name] = value
-    unknown = set(options) - {"timeout", "expect", "exit", "slow"}
+    unknown = set(options) - {"timeout", "expect", "exit", "slow", "cluster"}
     if unknown:
         name = sorted(unknown)[0]
-        raise DocsError(f"{where}: unknown option {name!r} of `run`; known: timeout, expect, exit, slow")
+        raise DocsError(f"{where}: unknown option {name!r} of `run`; known: timeout, expect, exit, slow, cluster")
     try:
         timeout_s, exit_code = float(options.get("timeout", 120)), int(options.get("exit", 0))
         re.compile(options.get("expect", ""))
     except (ValueError, re.error) as error:
         raise DocsError(f"{where}: `run: {text}`: {error}") from None
     expect = options.get("expect", "")
-    return Block(path, line, kind, script, timeout_s, exit_code, expect, slow="slow" in options)
+    return Block(path, line, kind, script, timeout_s, exit_code, expect, "slow" in options, "cluster" in options)
 
 
 def environment(runs_dir: Path | str) -> dict[str, str]:
@@ -145,14 +148,35 @@ def environment(runs_dir: Path | str) -> dict[str, str]:
     }
 
 
-def execute(root: Path, script: str, timeout_s: float, runs_dir: Path | str) -> processes.Finished:
-    """Run `script` with bash in the repository root; the whole family of processes ends with it."""
-    return processes.run(["bash", "-c", f"set -euo pipefail\n{script}"], timeout_s, root, environment(runs_dir))
+ON_CLUSTER = """
+before=$(squeue --noheader --states=all --format=%A | sort -n | tail -n 1)
+{script}
+while [[ -n $(squeue --noheader) ]]; do sleep 0.5; done
+cat "$RUNS_DIR"/slurm-*.out 2>/dev/null || true
+squeue --noheader --states=all --format='%A %T' | awk -v before="${{before:-0}}" '
+    $1 > before && $2 != "COMPLETED" {{ print "job " $1 " is " $2; bad = 1 }} END {{ exit bad }}'
+"""
+
+
+def execute(
+    root: Path, script: str, timeout_s: float, runs_dir: Path | str, cluster: bool = False
+) -> processes.Finished:
+    """Run `script` with bash in the repository root; the whole family of processes ends with it.
+
+    With `cluster`, it runs on the login node of the Slurm cluster that is up (CLUSTER_NAME says which, if several
+    are); what its jobs print follows its own output, and a job that is not COMPLETED at the end makes it fail.
+    """
+    env = environment(runs_dir)
+    if not cluster:
+        return processes.run(["bash", "-c", f"set -euo pipefail\n{script}"], timeout_s, root, env)
+    env |= {"SBATCH_OUTPUT": f"{runs_dir}/slurm-%x-%j.out", "VENV": sys.prefix}
+    command = [sys.executable, str(root / "slurm" / "cluster.py"), "exec", "bash", "-c"]
+    return processes.run([*command, "set -euo pipefail" + ON_CLUSTER.format(script=script)], timeout_s, root, env)
 
 
 def run_problem(root: Path, block: Block, runs_dir: Path | str) -> str | None:
     """Run a block and say what went wrong, with the end of its output; None when all is well."""
-    finished = execute(root, block.script, block.timeout_s, runs_dir)
+    finished = execute(root, block.script, block.timeout_s, runs_dir, block.cluster)
     tail = "\n".join(finished.output.splitlines()[-40:])
     if finished.exit_code is None:
         return f"{block.where}: still running after {block.timeout_s:.0f} s; stopped. Output:\n{tail}"

@@ -31,9 +31,9 @@ RUN = [
         block, id=block.where, marks=[pytest.mark.timeout(block.timeout_s + 60), *[pytest.mark.slow] * block.slow]
     )
     for block in BLOCKS
-    if block.kind == "run"
+    if block.kind == "run" and not block.cluster  # those run in tests/slurm/test_readmes_on_cluster.py
 ]
-PARSE = [pytest.param(block, id=block.where) for block in BLOCKS if block.kind == "parse" or block.slow]
+PARSE = [pytest.param(block, id=block.where) for block in BLOCKS if block.kind == "parse" or block.slow or block.cluster]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)

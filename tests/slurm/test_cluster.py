@@ -234,7 +234,7 @@ def test_says_what_to_install(tmp_path):
         # The script looks into /usr/sbin as well. Without the rest of PATH it finds neither sbatch nor unshare.
         "runpy.run_path('slurm/cluster.py', run_name='__main__')"
     )
-    done = run_command([sys.executable, "-c", script], check=False, SLURM_CLUSTER_NAME="nobody")
+    done = run_command([sys.executable, "-c", script], check=False, CLUSTER_NAME="nobody")
     assert done.returncode == 2
     assert "not installed: " in done.stderr and "sbatch" in done.stderr and "slurm-client" in done.stderr
     assert "apt-get install" in done.stderr and done.stderr.count("\n") == 1
