@@ -1,0 +1,105 @@
+"""What the ranks of a `group` run for the tests of collectives/bandwidth.py."""
+
+import contextlib
+import io
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "collectives"))
+
+import bandwidth  # noqa: E402  (needs the path above)
+
+from common.config import parse  # noqa: E402
+from common.ranks import Ranks  # noqa: E402
+
+
+def run(arguments: list[str]) -> tuple[int, str, str]:
+    """The script with these arguments on this rank: its exit code, and what it wrote to stdout and stderr."""
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            bandwidth.main(parse(bandwidth.BandwidthConfig, arguments))
+        except SystemExit as ended:
+            code = ended.code
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code, out.getvalue(), err.getvalue()
+
+
+run.joins_itself = True
+
+
+def here() -> Ranks:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return Ranks(rank, size, rank, size, "test", torch.device("cpu"))
+
+
+def tampered(collective: str, on_rank: int) -> tuple[int, str]:
+    """Measure a collective whose last received element is off by one on one rank: exit code and stderr."""
+    honest, err = bandwidth.RUN[collective], io.StringIO()
+
+    def dishonest(message: bandwidth.Message) -> None:
+        honest(message)
+        if dist.get_rank() == on_rank:
+            part = message.mine if collective == "reduce_scatter" else slice(None)
+            message.receive[part][-1] += 1
+
+    bandwidth.RUN[collective] = dishonest
+    try:
+        with contextlib.redirect_stderr(err):
+            bandwidth.measure(collective, 64, dist.group.WORLD, here(), bandwidth.BandwidthConfig(repeats=1))
+    except SystemExit as ended:
+        return ended.code, err.getvalue()
+    finally:
+        bandwidth.RUN[collective] = honest
+    return 0, err.getvalue()
+
+
+def slowest_of() -> list[float]:
+    """Three times that another rank has longest each, or all alike."""
+    ranks = here()
+    return bandwidth.slowest([1.0 + ranks.rank, 30.0 - 10 * ranks.rank, 9.0], ranks)
+
+
+def idle(collective: str) -> bool:
+    """Whether a collective that does nothing at all passes as right on this rank."""
+    honest = bandwidth.RUN[collective]
+    bandwidth.RUN[collective] = lambda message: None
+    try:
+        n, numbers = dist.get_world_size(), torch.zeros(12 * dist.get_world_size())
+        message = bandwidth.Message(numbers, numbers.clone(), dist.group.WORLD, dist.get_rank(), n)
+        return bandwidth.is_right(collective, message)
+    finally:
+        bandwidth.RUN[collective] = honest
+
+
+def unsupported() -> dict | str:
+    """An operation that the backend does not have: Gloo reduces no sparse tensor."""
+    honest = bandwidth.RUN["reduce"]
+    bandwidth.RUN["reduce"] = lambda m: dist.reduce(m.receive.to_sparse(), group_dst=0, group=m.group)
+    try:
+        return bandwidth.measure("reduce", 64, dist.group.WORLD, here(), bandwidth.BandwidthConfig())
+    finally:
+        bandwidth.RUN["reduce"] = honest
+
+
+def hosts_of_two(counts: list[int]) -> list[tuple[str, list[int]]] | tuple[int, str]:
+    """Groups within hosts, when the ranks are told that they lie on several: each rank's group and its members."""
+    ranks, hosts, first = here(), {}, 0
+    for number, count in enumerate(counts):
+        hosts[f"node{number}"] = list(range(first, first + count))
+        first += count
+    config, err = bandwidth.BandwidthConfig(within_nodes=True, repeats=1), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(err):
+            groups = bandwidth.make_groups(hosts, config, ranks)
+    except SystemExit as ended:
+        return ended.code, err.getvalue()
+    rows = {name: bandwidth.measure("all_gather", 240, group, ranks, config) for name, group in groups.items()}
+    return [
+        (name, dist.get_process_group_ranks(groups[name]), row["ranks"], row["bytes"]) for name, row in rows.items()
+    ]
