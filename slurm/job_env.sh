@@ -2,7 +2,7 @@
 # Sourced by every sbatch file, at the repository root. Prepares the job, says what it prepared, and ends the job with
 # one line when something is missing.
 #
-# It reads   CLUSTER         which profile of slurm/profiles/ describes this cluster (default: default)
+# It reads   CLUSTER         which profile of slurm/profiles/ describes this cluster (default: default), or a file
 #            VENV            the environment's folder (default: .venv, else what is active)
 #            RANKS_PER_NODE  processes on each node (default: its GPUs)
 #            STAGE_ENV=1     copy the environment to each node's own disk first
@@ -25,6 +25,7 @@ die() {
 # ---- the cluster: all facts about it stand in its profile
 CLUSTER=${CLUSTER:-default}
 profile=slurm/profiles/$CLUSTER.sh
+if [[ $CLUSTER == */* ]]; then profile=$CLUSTER; fi # a profile of your own, outside the repository
 [[ -f $profile ]] || die "CLUSTER=$CLUSTER: there is no $profile; there are: $(cd slurm/profiles && echo *.sh)"
 MODULES=()
 # shellcheck source=slurm/profiles/default.sh

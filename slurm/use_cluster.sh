@@ -6,15 +6,17 @@
 #
 # A job inherits CLUSTER, so that slurm/job_env.sh reads the same profile again for what a job has to know.
 use_cluster() {
-    local here name=${1:-${CLUSTER:-}} facts program option value
-    here=$(dirname "${BASH_SOURCE[0]}")
-    if [[ -z $name || ! -f $here/profiles/$name.sh ]]; then
-        echo "use_cluster: error: no profile ${name:-named}; expected one of $(cd "$here/profiles" && echo *.sh)" >&2
+    local name=${1:-${CLUSTER:-}} profile profiles facts program option value
+    profiles=$(dirname "${BASH_SOURCE[0]}")/profiles
+    profile=$profiles/$name.sh
+    if [[ $name == */* ]]; then profile=$(realpath -m "$name") name=$profile; fi # a profile of your own
+    if [[ -z $name || ! -f $profile ]]; then
+        echo "use_cluster: error: no profile ${name:-named}; expected one of $(cd "$profiles" && echo *.sh), or a file" >&2
         return 2
     fi
     # The subshell keeps what else the profile sets out of this shell.
     # shellcheck source=slurm/profiles/default.sh
-    facts=$(source "$here/profiles/$name.sh" && for option in PARTITION ACCOUNT CONSTRAINT QOS; do
+    facts=$(source "$profile" && for option in PARTITION ACCOUNT CONSTRAINT QOS; do
         echo "$option ${!option:-}"
     done)
     export CLUSTER=$name
