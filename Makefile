@@ -78,8 +78,8 @@ grade: venv-lesson ## grade your solutions on the CPU: make grade M=ddp
 scaling: venv-lesson ## measure how SCRIPT scales, as a table and a plot
 	@"$(BIN)/python" benchmarks/scaling.py "$(SCRIPT)" $(ARGS)
 
-doctor: venv-lesson ## check this machine: packages, GPUs, network, disks, Slurm; what to do about each problem
-	@"$(BIN)/python" prerequisites/doctor.py $(ARGS)
+doctor: ## check this machine: packages, GPUs, network, disks, Slurm; and what to do about each problem
+	@python="$(BIN)/python"; [ -x "$$python" ] || python="$(PYTHON)"; "$$python" prerequisites/doctor.py $(ARGS)
 
 cluster-up: ## start a Slurm cluster on this machine: make cluster-up NODES=2 GPUS=2
 	@"$(PYTHON)" slurm/cluster.py up --nodes "$(NODES)" --gpus-per-node "$(GPUS)"

@@ -230,7 +230,8 @@ def choose_device(wanted: str, place: Place) -> torch.device:
         return torch.device("cpu")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus == 0:
-        allocated = {n: os.environ[n] for n in ("SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES") if os.environ.get(n)}
+        names = ("SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES")  # -1 is the usual way to hide all GPUs
+        allocated = {name: os.environ[name] for name in names if os.environ.get(name, "") not in ("", "-1")}
         if allocated:
             shown = " ".join(f"{name}={value}" for name, value in allocated.items())
             fail(
