@@ -256,8 +256,8 @@ class Run:
         """Yield the steps still to do; ends early, at the same step on all ranks, when any rank was told to stop.
 
         SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (Slurm's warning before the time limit) ask for it, and so does a file
-        named `stop` in the run folder, or the one that STOP_FILE names. Dropout and the like see a seed that depends on (seed, step, rank): nothing to
-        save.
+        named `stop` in the run folder, or the one that STOP_FILE names. Dropout and the like see a seed that depends
+        on (seed, step, rank): nothing to save.
         """
         if self.ranks.is_main:
             self._bar.update(self.first_step)
@@ -395,7 +395,8 @@ class Run:
             self._board.close()
         steps = self.config.train.steps
         status = "finished" if self._done >= steps else "stopped"
-        self.record |= {"status": status, "steps_done": self._done, "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        ended = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self.record |= {"status": status, "steps_done": self._done, "ended": ended, "peak_memory_bytes": peaks}
         (self.folder / "run.json").write_text(json.dumps(self.record, indent=1) + "\n")
         if self._done == self.first_step:
             print(f"\nnothing to do: {self._done} of {steps} steps were done already; run folder {self.folder}")

@@ -145,6 +145,12 @@ def test_device_from_the_cluster_profile(monkeypatch):
     assert choose_device("auto", Place(0, 1, 0, 1, "python")).type == "cpu"
 
 
+def test_hidden_gpus_are_not_allocated_ones(monkeypatch):
+    monkeypatch.setattr(ranks.torch, "cuda", FakeCuda(0))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert choose_device("auto", Place(0, 1, 0, 1, "python")).type == "cpu"
+
+
 def test_a_script_for_one_process_refuses_two(launch):
     result = launch("ddp/single_device.py", "--train.steps", "1", nproc=2, check=False)
     assert result.returncode != 0

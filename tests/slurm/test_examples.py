@@ -146,7 +146,7 @@ def test_one_line_for_a_wrong_folder(tmp_path, script, arguments, words):
 
 def test_preempted_requeued_finished(cluster):
     """The urgent job is the same training, which nobody disturbs: both must end with the same weights."""
-    steps = 300
+    steps = 200
     settings = ["--train.steps", str(steps), "--model.layers", "1", "--train.check_replicas_every", "0"]
     job = cluster.submit("--partition=preemptible", "--nodelist=node1", "slurm/preemption.sbatch", *settings)
     cluster.wait_for_text(job, r"step +10 ")
@@ -186,7 +186,8 @@ def test_interactive_steps(cluster, one_process):
 
 def test_shell_of_salloc(cluster):
     """Without a command salloc opens a shell on the first node; plain python is one process there, srun all tasks."""
-    typed = "python -c 'import common.ranks as r; print(r.read_environment())'; hostname; srun hostname; exit\n"
+    python = f"{sys.executable} -c 'import common.ranks as r; print(r.read_environment())'"
+    typed = f"{python}; hostname; srun hostname; exit\n"
     salloc = ["script", "--quiet", "--return", "--command", "salloc --nodes=2 --gpus-per-node=2", "/dev/null"]
     done = cluster.on_login("bash", "-c", 'printf %s "$1" | "${@:2}"', "_", typed, *salloc, SHELL="/bin/bash")
     assert "Place(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher='python'" in done.stdout
