@@ -240,6 +240,17 @@ def test_says_what_to_install(tmp_path):
     assert "apt-get install" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_where_namespaces_are_forbidden(cluster):
+    if os.geteuid() != 0:
+        pytest.skip("only root can give up the capability that namespaces need")
+    command = ["setpriv", "--bounding-set=-sys_admin", *CLUSTER, "--name", "forbidden", "up"]
+    done = run_command(command, check=False)
+    assert done.returncode == 2
+    assert "unshare failed: Operation not permitted. It needs Linux, and root or the right to" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (Path(cluster.state_folder()).parent / "forbidden").exists()
+
+
 def test_up_twice(cluster):
     done = cluster("up", check=False)
     assert done.returncode == 2 and "is up already" in done.stderr

@@ -1,0 +1,63 @@
+"""Every sbatch file of the repository: Slurm accepts it; and, in `make test-slurm-all`, it really runs to its end."""
+
+import subprocess
+
+import pytest
+from launching import ROOT
+
+pytestmark = pytest.mark.slurm
+SHORT = ["--train.steps", "4", "--model.layers", "1"]
+
+
+def job_files() -> list[str]:
+    """All sbatch files, by their paths from the repository root; a new one is in here by itself."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.sbatch"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return sorted(set(listed.stdout.split()))
+
+
+def test_there_are_job_files():
+    assert {"ddp/single_node.sbatch", "ddp/multi_node.sbatch", "slurm/mpi.sbatch"} <= set(job_files())
+
+
+@pytest.mark.parametrize("file", job_files())
+def test_slurm_accepts_it(cluster, file):
+    done = cluster.on_login("sbatch", "--test-only", file, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "left out" not in done.stderr, "a fact of one site (partition, account, …) stands in the file"
+
+
+@pytest.fixture(scope="module")
+def finished_run(cluster):
+    """The folder of a short training, for the jobs that look at one."""
+    cluster.completed(cluster.submit("ddp/single_node.sbatch", *SHORT, "--run_name", "for-the-others"))
+    return str(cluster.folder / "runs" / "for-the-others")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", job_files())
+def test_it_runs(cluster, finished_run, file):
+    """A training takes a short one's settings, unless it is named here."""
+    if file == "slurm/jupyter.sbatch":  # serves until its time limit, or this
+        job = cluster.submit(file)
+        cluster.wait_for_text(job, r"http://localhost:\d+/lab\?token=")
+        cluster.wait_for_text(job, r"is running at:")
+        cluster.on_login("scancel", job)
+        assert cluster.end_of(job) == "CANCELLED"
+        assert not cluster.pids("node1", "jupyter|tensorboard")
+        return
+    arguments = SHORT
+    if file in ("slurm/evaluate.sbatch", "slurm/report.sbatch"):
+        arguments = [finished_run]
+    elif file.startswith("prerequisites/checks/"):
+        arguments = []
+    job = cluster.submit(file, *arguments)
+    tasks = [job]
+    if "--array" in (ROOT / file).read_text():
+        shown = cluster.on_login("squeue", "--noheader", "--array", f"--jobs={job}", "--format=%i").stdout
+        tasks = shown.split()
+        assert len(tasks) > 1
+    for task in tasks:
+        cluster.completed(task, timeout=240)
