@@ -25,7 +25,9 @@ from doctor_checks import MODULES, ROOT, installed
 from tqdm import tqdm
 
 CHECKS = ("user_space", "data_set", "file_system", "one_device", "several_devices", "several_nodes")
+# States in which a job has ended: Slurm's, and three of our own.
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
+ENDED += ("PREEMPTED", "REVOKED", "REFUSED", "NEVER STARTS", "UNKNOWN")
 # Reasons with which a pending job waits for ever, unless someone changes the job or the site's rules:
 # https://slurm.schedmd.com/job_reason_codes.html
 NEVER = re.compile(
@@ -37,7 +39,7 @@ VERDICT = re.compile(r"^(PASSED|FAILED) (\w+)(?:: (.*))?$", re.MULTILINE)
 
 @dataclass
 class Job:
-    """One check on its way. `state` is Slurm's, or REFUSED, or "-" for one that was not submitted."""
+    """One check on its way. `state` is Slurm's or one of ours, "-" for one that was not submitted."""
 
     check: str
     command: list[str]  # sbatch's options, the file, its arguments
@@ -50,7 +52,7 @@ class Job:
 
     @property
     def done(self) -> bool:
-        return self.state not in ("-", "PENDING", "RUNNING", "CONFIGURING", "COMPLETING")
+        return self.state in ENDED
 
 
 def stop(message: str) -> NoReturn:
@@ -67,7 +69,7 @@ def slurm(*command: str) -> subprocess.CompletedProcess:
 def complaint(done: subprocess.CompletedProcess) -> str:
     """The last line that a command of Slurm complained with, without its prefixes."""
     lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-    return re.sub(r"^\w+: (error: )?(Batch job submission failed: |allocation failure: )?", "", lines[-1])
+    return re.sub(r"^(\w+: )?(error: )?(Batch job submission failed: |allocation failure: )?", "", lines[-1])
 
 
 def plan(names: list[str], nodes: int, gpus: int, further: list[str]) -> list[Job]:
@@ -100,7 +102,7 @@ def submit(job: Job) -> None:
 
 def verdict(job: Job) -> None:
     """Set `passed` and the reason of a job that has ended, from its state and from what it has written."""
-    text, deadline = "", time.monotonic() + 10  # the file may come late over a network file system
+    text, deadline = "", time.monotonic() + 5  # the file may come late over a network file system
     while job.output and not VERDICT.search(text) and time.monotonic() < deadline:
         text = job.output.read_text(errors="replace") if job.output.is_file() else ""
         if job.state != "COMPLETED":
@@ -168,10 +170,8 @@ def table(jobs: list[Job]) -> str:
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     """(the options, what stands behind `--`)."""
-    own, _, further = "\0".join(sys.argv[1:]).partition("\0--\0")
-    mine = [word for word in own.split("\0") if word]
-    if mine[:1] == ["--"]:
-        mine, further = [], "\0".join(mine[1:] + further.split("\0"))
+    given = sys.argv[1:]
+    end = given.index("--") if "--" in given else len(given)
     parser = argparse.ArgumentParser(
         "run_checks.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -179,7 +179,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--nodes", type=int, default=2, help="nodes of what needs several (default 2)")
     parser.add_argument("--gpus-per-node", type=int, default=2, help="GPUs on each (default 2)")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for all, queueing included (default 600)")
-    options = parser.parse_args(mine)
+    options = parser.parse_args(given[:end])
     for name in (names := options.only.split(",")):
         if name not in CHECKS:
             stop(f"--only {name}: there is no such check; expected some of {', '.join(CHECKS)}")
@@ -187,7 +187,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     if options.nodes < 2 or options.gpus_per_node < 1 or options.timeout <= 0:
         found = f"--nodes {options.nodes} --gpus-per-node {options.gpus_per_node} --timeout {options.timeout:g}"
         stop(f"{found}: expected two nodes or more, a GPU or more on each, seconds above 0")
-    return options, [word for word in further.split("\0") if word]
+    return options, given[end + 1 :]
 
 
 def main() -> int:

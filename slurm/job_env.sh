@@ -95,12 +95,13 @@ threads=$((${SLURM_CPUS_ON_NODE:-1} / RANKS_PER_NODE))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 
 # ---- what is stopped with the job, however it ends
+# Its name for Slurm's commands: the number of one task of an array is also that of the whole array.
+this_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}
 end_job() {
     rm -f "$STOP_FILE"
     if [[ -n ${memory_logger:-} ]]; then
         # The only step that is left. scancel's signal lets the loggers end; srun, signalled itself, has them killed.
-        local this=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
-        scancel --quiet --signal=TERM "${this:-$SLURM_JOB_ID}" && wait "$memory_logger" || true
+        scancel --quiet --signal=TERM "$this_job" && wait "$memory_logger" || true
         python slurm/memory_logger.py summary "$memory_log" --plot "$memory_log/memory.png" || true
     fi
     if [[ -n ${staged:-} ]]; then "${each_node[@]}" rm -rf "$staged"; fi

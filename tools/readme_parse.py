@@ -10,27 +10,12 @@ from functools import cache
 from pathlib import Path
 
 import processes
+import slurm_options
 from docs_markdown import DocsError
 from readme_commands import Block, environment, logical_lines
 
 LAUNCHERS = {"mpirun", "mpiexec", "horovodrun", "deepspeed", "accelerate", "nsys", "py-spy"}
 PREFIXES = {"time", "exec", "nohup", "do", "then", "else", "if", "while", "!"}
-# Slurm options that take a value, as `--name=value` or as the next word; the others that a page may use.
-SLURM_VALUES = set(
-    "account array begin chdir comment constraint cpu-bind cpus-per-gpu cpus-per-task deadline "  # noqa: SIM905
-    "dependency "
-    "error exclude export gpus gpus-per-node gpus-per-task gres input job-name jobid kill-on-bad-exit "
-    "licenses mail-type mail-user mem mem-per-cpu mem-per-gpu mpi network nice nodelist nodes ntasks "
-    "ntasks-per-gpu ntasks-per-node open-mode output partition qos reservation signal switches time time-min "
-    "wait wckey wrap".split()
-)
-SLURM_FLAGS = set(
-    "contiguous exact exclusive hold immediate label no-requeue overcommit overlap "  # noqa: SIM905
-    "parsable pty quiet "
-    "requeue spread-job test-only unbuffered verbose".split()
-)
-SLURM_SHORT_VALUES = set("AaCcDdeGiJKLmNnopqtWwx")
-SLURM_SHORT_FLAGS = set("HlOQsuvX")
 
 
 def parse_problems(root: Path, block: Block) -> list[str]:
@@ -42,7 +27,7 @@ def parse_problems(root: Path, block: Block) -> list[str]:
     here_document = re.compile(r"<<-?\s*['\"]?(\w+)['\"]?.*?\n\1\b", re.DOTALL)
     for line in logical_lines(here_document.sub("", block.script)):
         try:
-            for words in _simple_commands(line):
+            for words in simple_commands(line):
                 _check_command(root, words)
         except DocsError as error:
             problems.append(f"{block.where}: {error}")
@@ -51,7 +36,7 @@ def parse_problems(root: Path, block: Block) -> list[str]:
     return problems
 
 
-def _simple_commands(line: str) -> list[list[str]]:
+def simple_commands(line: str) -> list[list[str]]:
     """The words of each command in a line, without redirections; `$(…)` counts as one unknown word."""
     lexer = shlex.shlex(re.sub(r"\$\([^()]*\)", "$X", line), posix=True, punctuation_chars=True)
     lexer.whitespace_split = True
@@ -85,14 +70,19 @@ def _check_command(root: Path, words: list[str], variables: dict[str, str] | Non
     if program == "env":
         _check_command(root, [w for w in rest if not w.startswith("-")], variables)
     elif program in ("srun", "sbatch", "salloc"):
-        words = _after_slurm_options(program, rest)
+        try:
+            _, words = slurm_options.take(program, rest)
+            while words[:1] == [":"]:  # the next part of a heterogeneous job
+                _, words = slurm_options.take(program, words[1:])
+        except ValueError as error:
+            raise DocsError(str(error)) from None
         if program == "sbatch" and words:
             _check_shell_script(root, words[0], words[1:], variables)
         elif words:
             _check_command(root, words, variables)
     elif program == "torchrun":
-        script, script_arguments, module = _after_torchrun_options(tuple(_filled(rest)))
-        _check_python(root, script, script_arguments, module)
+        script, script_arguments, module = after_torchrun_options(tuple(filled(rest)))
+        check_python(root, script, script_arguments, module)
     elif re.fullmatch(r"python[\d.]*", program):
         _check_interpreter(root, rest)
     elif program in ("bash", "sh"):
@@ -104,12 +94,12 @@ def _check_command(root: Path, words: list[str], variables: dict[str, str] | Non
     elif program in LAUNCHERS:
         at = next((i for i, word in enumerate(rest) if word.endswith(".py")), None)
         if at is not None:
-            _check_python(root, rest[at], tuple(_filled(rest[at + 1 :])), module=False)
+            check_python(root, rest[at], tuple(filled(rest[at + 1 :])), module=False)
     elif (root / words[0]).is_file() and words[0].endswith((".sh", ".sbatch")):
         _check_shell_script(root, words[0], rest, variables)
 
 
-def _filled(words: list[str]) -> list[str]:
+def filled(words: list[str]) -> list[str]:
     """Words with every shell variable replaced by 1, so that options with a number still parse."""
     return [re.sub(r"\$(\{[^}]*\}|\w+)", "1", word) for word in words]
 
@@ -124,27 +114,8 @@ def _check_files(root: Path, words: list[str]) -> None:
             raise DocsError(f"there is no file {path} (for one that readers bring, write /path/to/{path})")
 
 
-def _after_slurm_options(program: str, words: list[str]) -> list[str]:
-    """The command after the options of srun, sbatch or salloc. Raises DocsError for an unknown option."""
-    index = 0
-    while index < len(words) and words[index].startswith("-"):
-        word = words[index]
-        name = word.lstrip("-").split("=")[0]
-        if word.startswith("--"):
-            if name not in SLURM_VALUES | SLURM_FLAGS:
-                raise DocsError(f"{program} has no option --{name} that this check knows")
-            takes_next = name in SLURM_VALUES and "=" not in word and (program, name) != ("sbatch", "wait")
-        else:
-            flags = SLURM_SHORT_FLAGS | ({"W"} if program == "sbatch" else set())  # srun's takes seconds
-            if word[1] not in SLURM_SHORT_VALUES | flags:
-                raise DocsError(f"{program} has no option -{word[1]} that this check knows")
-            takes_next = word[1] not in flags and len(word) == 2
-        index += 2 if takes_next else 1
-    return words[index:]
-
-
 @cache
-def _after_torchrun_options(words: tuple[str, ...]) -> tuple[str, tuple[str, ...], bool]:
+def after_torchrun_options(words: tuple[str, ...]) -> tuple[str, tuple[str, ...], bool]:
     """(script, its arguments, is it a module) after torchrun's own options, by torchrun's own parser."""
     from torch.distributed.run import get_args_parser
 
@@ -165,13 +136,13 @@ def _check_interpreter(root: Path, words: list[str]) -> None:
             if words[index + 1] == "torch.distributed.run":
                 _check_command(root, ["torchrun", *words[index + 2 :]])
             else:
-                _check_python(root, words[index + 1], tuple(_filled(words[index + 2 :])), module=True)
+                check_python(root, words[index + 1], tuple(filled(words[index + 2 :])), module=True)
             return
         if words[index] in ("-c", "-"):
             return
         index += 2 if words[index] in ("-X", "-W") else 1
     if index < len(words):
-        _check_python(root, words[index], tuple(_filled(words[index + 1 :])), module=False)
+        check_python(root, words[index], tuple(filled(words[index + 1 :])), module=False)
 
 
 def _check_make(root: Path, words: list[str]) -> None:
@@ -202,10 +173,10 @@ def _check_shell_script(root: Path, script: str, arguments: list[str], variables
         if not (root / name).is_file():
             raise DocsError(f"{script} starts {name}, which does not exist")
     if len(started) == 1 and arguments:
-        _check_python(root, started.pop(), tuple(_filled(arguments)), module=False)
+        check_python(root, started.pop(), tuple(filled(arguments)), module=False)
 
 
-def _check_python(root: Path, script: str, arguments: tuple[str, ...], module: bool) -> None:
+def check_python(root: Path, script: str, arguments: tuple[str, ...], module: bool) -> None:
     """One of our Python programs accepts `arguments`: by its own parser, without doing its work."""
     if module:
         path = root.joinpath(*script.split("."))

@@ -48,10 +48,13 @@ def one_process(tmp_path_factory) -> list[float]:
 # ------------------------------------------------------------------------------------------------ sweep
 
 
+def by_index(cluster) -> str:
+    """The outputs of an array job, as its file names them."""
+    return str(cluster.folder / "%x-%A_%a.out")
+
+
 def test_learning_rate_sweep(cluster, one_process):
-    array = cluster.submit(
-        "slurm/learning_rate_sweep.sbatch", *SHORT, SBATCH_OUTPUT=str(cluster.folder / "%x-%A_%a.out")
-    )
+    array = cluster.submit("slurm/learning_rate_sweep.sbatch", *SHORT, SBATCH_OUTPUT=by_index(cluster))
     for index in range(4):
         assert "finished after 4 of 4 steps" in cluster.completed(f"{array}_{index}")
     shown = [cluster.show(f"{array}_{index}") for index in range(4)]
@@ -76,11 +79,29 @@ def test_learning_rate_sweep(cluster, one_process):
 
 
 def test_sweep_index_out_of_range(cluster):
-    array = cluster.submit("--array=7", "slurm/learning_rate_sweep.sbatch", *SHORT)
+    array = cluster.submit("--array=7", "slurm/learning_rate_sweep.sbatch", SBATCH_OUTPUT=by_index(cluster))
     assert cluster.end_of(f"{array}_7") == "FAILED"
-    assert "error: array index 7; expected 0 to 3; correct --array" in cluster.output(
-        cluster.show(f"{array}_7")["JobId"]
-    )
+    output = cluster.output(f"{array}_7")
+    assert "error: array index 7; expected 0 to 3; correct --array" in output and "run folder" not in output
+
+
+@pytest.mark.slow
+# job_env.sh says `scontrol requeue "$SLURM_JOB_ID"` where it should say "$this_job".
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="slurm/job_env.sh requeues the whole array")
+def test_one_task_of_the_sweep_is_requeued(cluster):
+    """One of an array's tasks has the number of the whole array; when it is requeued, the others must go on."""
+    long = ["--train.steps", "300", "--model.layers", "1"]
+    array = cluster.submit("--array=0-1", "slurm/learning_rate_sweep.sbatch", *long, SBATCH_OUTPUT=by_index(cluster))
+    for index in range(2):
+        cluster.wait_for(f"{array}_{index}", "RUNNING")
+    (namesake,) = [i for i in range(2) if cluster.show(f"{array}_{i}")["JobId"] == array]
+    (other,) = {0, 1} - {namesake}
+    cluster.wait_for_text(f"{array}_{namesake}", r"step +10 ")
+    cluster.on_login("scancel", "--batch", "--signal=USR1", f"{array}_{namesake}")
+    assert "resumed from" in cluster.completed(f"{array}_{namesake}", timeout=240)
+    cluster.completed(f"{array}_{other}", timeout=240)
+    assert cluster.show(f"{array}_{namesake}")["Restarts"] == "1"
+    assert cluster.show(f"{array}_{other}")["Restarts"] == "0"
 
 
 # ------------------------------------------------------------------------------------------------ chain
@@ -146,21 +167,19 @@ def test_one_line_for_a_wrong_folder(tmp_path, script, arguments, words):
 
 def test_preempted_requeued_finished(cluster):
     """The urgent job is the same training, which nobody disturbs: both must end with the same weights."""
-    steps = 200
+    steps = 120
     settings = ["--train.steps", str(steps), "--model.layers", "1", "--train.check_replicas_every", "0"]
     job = cluster.submit("--partition=preemptible", "--nodelist=node1", "slurm/preemption.sbatch", *settings)
-    cluster.wait_for_text(job, r"step +10 ")
+    cluster.wait_for_text(job, r"step +0 ")
     urgent = cluster.submit("--nodelist=node1", "ddp/single_node.sbatch", *settings)
     cluster.completed(urgent)
     text = cluster.completed(job)
 
     assert (cluster.show(job)["Restarts"], cluster.show(urgent)["Restarts"]) == ("1", "0")
     assert text.count("preemption: Slurm wants the nodes back") == 1
-    stopped, resumed = (
-        re.search(r"stopped after (\d+) of", text)[1],
-        re.search(r"resumed from .*: (\d+) steps", text)[1],
-    )
-    assert stopped == resumed and 10 < int(stopped) < steps
+    assert "*** STEP" not in text, "Slurm ended the training; it should have had the time to save and end by itself"
+    stopped = int(re.search(r"stopped after (\d+) of", text)[1])
+    assert 0 < stopped < steps and f"checkpoints/step_{stopped}: {stopped} steps done" in text
     assert not list((cluster.folder / "runs").glob("stop-job*"))
     disturbed, other = run_of(cluster, job), run_of(cluster, urgent)
     assert [row["step"] for row in read_rows(disturbed)] == list(range(steps)), "every step once"
