@@ -137,7 +137,7 @@ supervise() {
         echo "job_env: saved; job $SLURM_JOB_ID is requeued and will go on from the checkpoint"
         end_job
         trap - EXIT TERM
-        scontrol requeue "$SLURM_JOB_ID" || die "Slurm did not requeue the job; submit it again with the same run_name"
+        scontrol requeue "$this_job" || die "Slurm did not requeue the job; submit it again with the same run_name"
         sleep 60 # Slurm ends this shell
     fi
     return "$code"
