@@ -165,7 +165,9 @@ def read_environment(environment: Mapping[str, str] | None = None) -> Place:
     address, port = env.get("MASTER_ADDR", ""), env.get("MASTER_PORT", "")
     if port and not port.isdigit():
         fail(f"MASTER_PORT={port!r} is not a port number")
-    in_step = env.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "SLURM_PROCID" in env
+    # In a Slurm job MPI starts its helpers on the other nodes by srun, whose step its ranks there inherit.
+    of_mpi = "OMPI_COMM_WORLD_RANK" in env or {"PMI_RANK", "MPI_LOCALRANKID"} <= env.keys()
+    in_step = env.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "SLURM_PROCID" in env and not of_mpi
 
     if "RANK" in env or "LOCAL_RANK" in env or ("WORLD_SIZE" in env and not in_step):
         names = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]

@@ -58,6 +58,13 @@ def test_torchrun_inside_an_srun_step_is_torchrun():
     assert read_environment(SRUN | TORCHRUN).launcher == "torchrun"
 
 
+@pytest.mark.parametrize("mpi", [MPIRUN, MPIEXEC], ids=["mpirun", "mpiexec"])
+def test_mpi_inside_an_srun_step_is_mpi(mpi):
+    """On the second node of three: the step is that of MPI's helpers, one a node, which srun has started."""
+    helper = SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
+    assert read_environment(helper | mpi) == read_environment(mpi)
+
+
 def test_mpirun_and_mpiexec():
     place = read_environment(MPIRUN)
     assert (place.rank, place.world_size, place.local_rank, place.launcher) == (1, 2, 1, "mpirun")

@@ -1,10 +1,12 @@
 """Each launch pattern runs to its end on the cluster, and all train the same."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from equality import read_rows
+from slurm_cluster import SlurmCluster
 
 pytestmark = pytest.mark.slurm
 SHORT = ["--train.steps", "4", "--model.layers", "1"]
@@ -62,3 +64,16 @@ def test_two_jobs_on_one_node_do_not_collide(cluster):
     assert all("node1:" in text for text in outputs)
     ends = [check(run_folder(cluster, job), 1, ["node1"], "torchrun") for job in (first, second)]
     assert ends[0] != ends[1]  # another seed: neither has read or written the other's run
+
+
+def test_mpi_on_three_nodes(cluster, losses, tmp_path):
+    """mpirun starts helpers on the second and third node by one srun, whose step is not that of the ranks."""
+    three = SlurmCluster(f"test-three-{os.getpid()}", tmp_path, nodes=3, gpus=1)
+    try:
+        job = three.submit("--nodes=3", "--ntasks-per-node=1", "--gpus-per-node=1", "slurm/mpi.sbatch", *SHORT)
+        three.completed(job)
+        losses["MPI on three nodes"] = check(run_folder(three, job), 3, ["node1", "node2", "node3"], "mpirun")
+    finally:
+        three.down()
+    for other, values in losses.items():
+        assert losses["MPI on three nodes"] == pytest.approx(values, abs=SAME), other
