@@ -33,7 +33,9 @@ RUN = [
     for block in BLOCKS
     if block.kind == "run" and not block.cluster  # those run in tests/slurm/test_readmes_on_cluster.py
 ]
-PARSE = [pytest.param(block, id=block.where) for block in BLOCKS if block.kind == "parse" or block.slow or block.cluster]
+PARSE = [
+    pytest.param(block, id=block.where) for block in BLOCKS if block.kind == "parse" or block.slow or block.cluster
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)

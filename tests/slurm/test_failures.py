@@ -147,8 +147,9 @@ def test_environment_staged_to_each_node(cluster, tmp_path):
     torchrun.write_text(f"#!{environment}/bin/python\nfrom torch.distributed.run import main\nmain()\n")
     torchrun.chmod(0o755)
     where = tmp_path / "where.py"
-    where.write_text(
-        "import os, socket, sys\nprint(socket.gethostname(), os.environ['RANK'], sys.prefix, flush=True)\n"
+    where.write_text(  # one write a line: two ranks share the output
+        "import os, socket, sys\n"
+        "os.write(1, f'{socket.gethostname()} {os.environ[\"RANK\"]} {sys.prefix}\\n'.encode())\n"
     )
 
     job = cluster.submit("ddp/multi_node.sbatch", VENV=str(environment), STAGE_ENV="1", SCRIPT=str(where))
