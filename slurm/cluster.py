@@ -134,7 +134,7 @@ def stop(message: str) -> NoReturn:
 
 
 def run(*command: str | Path, check: bool = True) -> subprocess.CompletedProcess:
-    """Run a command of the set-up and return it; its first line of complaint is ours when it fails."""
+    """Run a command of the set-up and return it; raise OSError with its last line of complaint when it fails."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if check and done.returncode != 0:
         why = (done.stderr or done.stdout).strip().splitlines()
