@@ -1,0 +1,105 @@
+"""collectives/debugging.md: every text of its tables is what the program beside it prints, and each program ends."""
+
+import re
+import shutil
+
+import pytest
+from launching import ROOT
+
+FOLDER = "collectives/debugging"
+PAGE = ROOT / "collectives" / "debugging.md"
+ENDS_S = 60  # a limit for machines under load; on a quiet one all end within ten seconds
+ROW = re.compile(r"^\| `([^`]+)` \| `([^`]+)` \|")
+
+
+def read_tables() -> dict[str, list[str]]:
+    """The texts by the command that prints them."""
+    texts: dict[str, list[str]] = {}
+    for line in PAGE.read_text().splitlines():
+        if row := ROW.match(line):
+            texts.setdefault(row[2], []).append(row[1])
+    return texts
+
+
+TABLES = read_tables()
+pytestmark = pytest.mark.slow  # three to four minutes: most of these programs wait for something that never comes
+
+
+def start(launch, command: str, nproc: int = 2):
+    """A command as the tables abbreviate it: variables, the program, its options. Returns what it said, all in one."""
+    words = command.split()
+    variables = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
+    program, *options = words[len(variables) :]
+    alone = program == "joining.py"  # one process that poses as one of several
+    finished = launch(f"{FOLDER}/{program}", *options, nproc=0 if alone else nproc, env=variables, timeout=ENDS_S,
+                      check=False)  # fmt: skip
+    return finished.returncode, finished.stdout + finished.stderr
+
+
+def test_the_tables_are_read():
+    rows = sum(line.startswith("| `") for line in PAGE.read_text().splitlines())
+    assert sum(map(len, TABLES.values())) == rows >= 25
+    programs = {word for command in TABLES for word in command.split() if word.endswith(".py")}
+    files = {file.name for file in (ROOT / FOLDER).glob("*.py")} - {"reporting.py"}
+    assert programs - {"../point_to_point.py"} == files  # each program is in a table
+
+
+@pytest.mark.parametrize("command", TABLES)
+def test_a_program_says_what_the_page_says(launch, command):
+    code, said = start(launch, command)
+    said = " ".join(said.split())
+    for text in TABLES[command]:
+        pattern = ".*?".join(map(re.escape, text.split("…")))
+        assert re.search(pattern, said), f"{text!r} is not in the output of {command}:\n{said[-4000:]}"
+    harmless = "no error" in said or "../point_to_point.py" in command
+    if "joining.py" in command:
+        assert code == 2
+    else:
+        # torchrun turns every failure into 1; the guard of drift.py finds the fault after some harmless steps
+        assert code == (0 if harmless and "--check" not in command else 1)
+
+
+def test_patience_is_the_cure_for_a_late_rank(launch):
+    code, said = start(launch, "late_rank.py --timeout_s 40")
+    assert code == 0 and said.count("all have come: 2 ranks") == 2
+
+
+@pytest.mark.parametrize(("size", "command", "words"), [
+    (3, "missing_rank.py --tool monitored_barrier", ["Ranks 2 failed to pass monitoredBarrier"]),
+    (4, "drift.py --check true", ["on rank(s) 3"]),
+    (3, "TORCH_DISTRIBUTED_DEBUG=DETAIL mismatch.py --what shape", ["Tensor Tensor shapes: "]),
+    (4, "missing_rank.py --tool timeout", ["RuntimeError"]),
+])  # fmt: skip
+def test_more_ranks(launch, size, command, words):
+    code, said = start(launch, command, nproc=size)
+    assert code == 1 and all(word in said for word in words), said[-4000:]
+
+
+def test_the_recorder_shows_who_did_not_come(launch):
+    _, said = start(launch, "TORCH_FR_BUFFER_SIZE=2000 missing_rank.py --tool flight_recorder")
+    numbers = {rank: re.findall(rf"\[rank {rank}\] collective (\d+): gloo:(\w+) of", said) for rank in (0, 1)}
+    assert numbers[1] == [("1", "all_reduce"), ("2", "all_gather"), ("3", "all_gather")]
+    assert numbers[0] == [*numbers[1], ("4", "all_reduce")]
+
+
+def test_py_spy(launch):
+    """Needs py-spy, which is no requirement of the project, and the right to trace."""
+    if not shutil.which("py-spy"):
+        pytest.skip("py-spy is not installed (pip install py-spy)")
+    _, said = start(launch, "missing_rank.py --tool py_spy")
+    if "ermission denied" in said:
+        pytest.skip("py-spy may not look into other processes here")
+    assert "py-spy, rank 1: evaluate_alone (missing_rank.py:" in said
+
+
+@pytest.mark.parametrize(("command", "words"), [
+    ("missing_rank.py --tool flight_recorder", ["TORCH_FR_BUFFER_SIZE", "2000"]),
+    ("missing_rank.py --tool strace", ["tool = strace", "py_spy"]),
+    ("mismatch.py --what shape --shape 3", ["unknown key shape"]),
+    ("late_rank.py --late_s 99", ["late_s = 99", "0 to 10"]),
+])  # fmt: skip
+def test_mistakes_are_one_line(launch, command, words):
+    program, *options = command.split()
+    finished = launch(f"{FOLDER}/{program}", *options, nproc=0, timeout=ENDS_S, check=False)
+    (line,) = finished.stderr.strip().splitlines()
+    assert finished.returncode == 2 and all(word in line for word in words), line
