@@ -22,11 +22,6 @@ SHORT = ["--train.steps", "4", "--model.layers", "1"]
 SAME = 1e-5
 
 
-def run_of(cluster, job: str) -> Path:
-    (folder,) = (cluster.folder / "runs").glob(f"*-job{job}")
-    return folder
-
-
 def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in read_rows(folder)]
 
@@ -179,7 +174,7 @@ def test_preempted_requeued_finished(cluster):
     stopped = int(re.search(r"stopped after (\d+) of", text)[1])
     assert 0 < stopped < steps and f"checkpoints/step_{stopped}: {stopped} steps done" in text
     assert not (cluster.folder / "runs" / f"stop-job{job}").exists()
-    disturbed, other = run_of(cluster, job), run_of(cluster, urgent)
+    disturbed, other = cluster.run_folder(job), cluster.run_folder(urgent)
     assert [row["step"] for row in read_rows(disturbed)] == list(range(steps)), "every step once"
     assert losses(disturbed) == losses(other)  # two ranks: the sum of two gradients has one order only
     assert largest_difference(read_checkpoint(disturbed, steps), read_checkpoint(other, steps)) == 0
@@ -217,8 +212,8 @@ def test_shell_of_salloc(cluster):
 def test_heterogeneous(cluster, one_process):
     job = cluster.submit("slurm/heterogeneous.sbatch", *SHORT)
     cluster.completed(job)
-    assert world(run_of(cluster, job)) == (3, ["node1", "node2"])
-    assert losses(run_of(cluster, job)) == pytest.approx(one_process, abs=SAME)
+    assert world(cluster.run_folder(job)) == (3, ["node1", "node2"])
+    assert losses(cluster.run_folder(job)) == pytest.approx(one_process, abs=SAME)
 
 
 # ------------------------------------------------------------------------------------------------ Jupyter

@@ -19,16 +19,11 @@ TRAINING = ["--nodes=2", "--gpus-per-node=1", "ddp/multi_node.sbatch", "--train.
 TRAINING += ["--model.layers", "1", "--checkpoint.every", "50", "--train.log_every", "50"]
 
 
-def run_of(cluster, job: str) -> Path:
-    (folder,) = (cluster.folder / "runs").glob(f"*-job{job}")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def undisturbed(cluster):
     job = cluster.submit(*TRAINING)
     cluster.completed(job)
-    return run_of(cluster, job)
+    return cluster.run_folder(job)
 
 
 def assert_equal_runs(run: Path, other: Path) -> None:
@@ -60,7 +55,7 @@ def test_killed_node_requeued_resumed(cluster, undisturbed):
     text = cluster.completed(job, timeout=120)
     assert cluster.show(job)["Restarts"] == "1"
     assert "resumed from" in text
-    assert_equal_runs(run_of(cluster, job), undisturbed)
+    assert_equal_runs(cluster.run_folder(job), undisturbed)
 
 
 def test_signal_before_the_time_limit(cluster, undisturbed):
@@ -72,7 +67,7 @@ def test_signal_before_the_time_limit(cluster, undisturbed):
     assert text.count("SIGUSR1: the ranks are asked to save and stop") == restarts
     assert text.count("resumed from") == restarts
     assert not list((cluster.folder / "runs").glob("stop-job*"))
-    assert_equal_runs(run_of(cluster, job), undisturbed)
+    assert_equal_runs(cluster.run_folder(job), undisturbed)
 
 
 def failed(cluster, *sbatch: str, **environment: str) -> str:

@@ -14,12 +14,6 @@ SHORT = ["--train.steps", "4", "--model.layers", "1"]
 SAME = 1e-5
 
 
-def run_folder(cluster, job: str) -> Path:
-    """The one run that this job left."""
-    (folder,) = (cluster.folder / "runs").glob(f"*-job{job}")
-    return folder
-
-
 def check(folder: Path, world_size: int, hosts: list[str], launcher: str) -> list[float]:
     record = json.loads((folder / "run.json").read_text())
     assert (record["world_size"], record["hosts"], record["launcher"]) == (world_size, hosts, launcher)
@@ -49,7 +43,7 @@ def test_launch_pattern(cluster, losses, pattern):
     sbatch, world_size, hosts, launcher = PATTERNS[pattern]
     job = cluster.submit(*sbatch, *SHORT)
     cluster.completed(job)
-    losses[pattern] = check(run_folder(cluster, job), world_size, hosts, launcher)
+    losses[pattern] = check(cluster.run_folder(job), world_size, hosts, launcher)
     for other, values in losses.items():
         assert losses[pattern] == pytest.approx(values, abs=SAME), f"{pattern} against {other}"
 
@@ -62,7 +56,7 @@ def test_two_jobs_on_one_node_do_not_collide(cluster):
     shown = [cluster.show(job) for job in (first, second)]
     assert max(s["StartTime"] for s in shown) <= min(s["EndTime"] for s in shown), "they did not run side by side"
     assert all("node1:" in text for text in outputs)
-    ends = [check(run_folder(cluster, job), 1, ["node1"], "torchrun") for job in (first, second)]
+    ends = [check(cluster.run_folder(job), 1, ["node1"], "torchrun") for job in (first, second)]
     assert ends[0] != ends[1]  # another seed: neither has read or written the other's run
 
 
@@ -72,7 +66,7 @@ def test_mpi_on_three_nodes(cluster, losses, tmp_path):
     try:
         job = three.submit("--nodes=3", "--ntasks-per-node=1", "--gpus-per-node=1", "slurm/mpi.sbatch", *SHORT)
         three.completed(job)
-        losses["MPI on three nodes"] = check(run_folder(three, job), 3, ["node1", "node2", "node3"], "mpirun")
+        losses["MPI on three nodes"] = check(three.run_folder(job), 3, ["node1", "node2", "node3"], "mpirun")
     finally:
         three.down()
     for other, values in losses.items():

@@ -99,6 +99,11 @@ class SlurmCluster:
         files = sorted(self.folder.glob(f"*-{job}.out")) + sorted(self.folder.glob(f"*-{job}_*.out"))
         return "".join(file.read_text(errors="replace") for file in files)
 
+    def run_folder(self, job: str) -> Path:
+        """The one run that this job left, named after it."""
+        (folder,) = (self.folder / "runs").glob(f"*-job{job}")
+        return folder
+
     def pids(self, node: str, pattern: str) -> list[int]:
         """The processes on a node (or "login") whose command line matches, as this machine numbers them."""
         done = self.on_login("true") and (Path(self.state_folder()) / f"{node}.machine").read_text().split()
