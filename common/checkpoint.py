@@ -16,7 +16,7 @@ import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -63,7 +63,24 @@ def _fail_together(problem: str | None, ranks: Ranks) -> None:
         fail(problems[0])
 
 
-def _state(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+@runtime_checkable
+class WholeState(Protocol):
+    """Stands in a model's place where torch cannot tell how model and optimizer are cut, because it was done by hand.
+
+    The state is that which torch would give of the plain model: {"model": name → tensor, "optimizer": {"state": name →
+    entries, "param_groups": …}}, whole, the same on every rank.
+    """
+
+    module: torch.nn.Module
+    """What this rank holds of the model."""
+
+    def whole_state(self) -> dict[str, Any]: ...
+    def load_whole_state(self, state: dict[str, Any]) -> None: ...
+
+
+def _state(model: torch.nn.Module | WholeState, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    if isinstance(model, WholeState):
+        return model.whole_state()
     if optimizer is None:
         return {"model": get_model_state_dict(model)}
     weights, moments = get_state_dict(model, optimizer)
@@ -73,7 +90,7 @@ def _state(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> d
 def save(
     folder: Path,
     step: int,
-    model: torch.nn.Module,
+    model: torch.nn.Module | WholeState,
     optimizer: torch.optim.Optimizer | None,
     ranks: Ranks,
     extra: dict[str, Any] | None = None,
@@ -82,7 +99,8 @@ def save(
     """Save the state after `step` steps into `folder`/step_N. All ranks must call it.
 
     Args:
-        model, optimizer: plain, or wrapped by DDP, FSDP or torch.compile.
+        model, optimizer: plain, or wrapped by DDP, FSDP or torch.compile; or a `WholeState`, and the optimizer for
+            its kind.
         extra: small JSON values that travel along (a gradient scaler's state, say).
         keep: older committed checkpoints beyond this many are removed, after the new one is committed.
 
@@ -177,7 +195,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def load(
-    checkpoint: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, ranks: Ranks
+    checkpoint: Path, model: torch.nn.Module | WholeState, optimizer: torch.optim.Optimizer | None, ranks: Ranks
 ) -> dict[str, Any]:
     """Load a checkpoint into a model (and its optimizer), whatever world size saved it. All ranks must call it.
 
@@ -219,7 +237,9 @@ def load(
     if optimizer and kind != manifest["optimizer"]:
         fail(f"{checkpoint} is of {manifest['optimizer']}, this run uses {kind}; set optimizer.name to match")
     dcp.load(state, storage_reader=dcp.FileSystemReader(shards))
-    if optimizer is None:
+    if isinstance(model, WholeState):
+        model.load_whole_state(state)
+    elif optimizer is None:
         set_model_state_dict(model, state["model"])
     else:
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])

@@ -177,12 +177,19 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def evaluation_batches(
-    dataset: SizedDataset, batch_size: int, device: torch.device, rank: int = 0, world_size: int = 1, workers: int = 0
+    dataset: SizedDataset,
+    batch_size: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    same_count: bool = False,
 ) -> Iterator[Any]:
     """Yield this rank's part of an evaluation set: every sample on exactly one rank, none twice, no padding.
 
     Ranks may get different numbers of samples, even none: sum losses and counts over the ranks, then divide. Nothing
-    collective may happen per batch.
+    collective may happen per batch; where it must (a model whose layers are gathered for each forward), `same_count`
+    gives every rank equally many batches of (inputs, targets): in those beyond its own no target counts (-100).
     """
     mine = range(rank, len(dataset), world_size)
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
@@ -190,3 +197,7 @@ def evaluation_batches(
     loader: Any = DataLoader(dataset, batch_sampler=batches, num_workers=workers, generator=own)  # type: ignore[arg-type]
     for batch in loader:
         yield to_device(batch, device)
+    longest = -(-len(dataset) // world_size)  # samples of rank 0
+    for _ in range(len(batches), -(-longest // batch_size) if same_count else 0):
+        inputs, targets = dataset[0]
+        yield to_device((inputs[None], torch.full_like(targets[None], -100)), device)

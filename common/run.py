@@ -63,6 +63,7 @@ class Run:
         unit: what is counted: "tokens" or "images".
         flops_per_unit: forward and backward of one token or image, for MFU; see `common.flops`.
         mesh: names and sizes of the mesh's axes; by default all ranks are data-parallel.
+        replicas: the ranks that must hold the same weights, to be checked now and then; by default all.
         fingerprint: of the data, from the data set.
 
     Raises:
@@ -79,9 +80,10 @@ class Run:
         flops_per_unit: float | None = None,
         mesh: dict[str, int] | None = None,
         fingerprint: str | None = None,
+        replicas: dist.ProcessGroup | None = None,
     ) -> None:
         self.config, self.ranks, self.units_per_step, self.unit = config, ranks, units_per_step, unit
-        self.flops_per_unit = flops_per_unit
+        self.flops_per_unit, self.replicas = flops_per_unit, replicas
         self.peak_flops = flops.peak_flops(ranks.device, config.train.precision) if flops_per_unit else None
         self.first_step, self._done, self._stopping = 0, 0, False
         self._stop_requested, self._stop_seen_at = threading.Event(), 0.0
@@ -175,7 +177,10 @@ class Run:
     # ---------------------------------------------------------------------------------- resume and save
 
     def restore(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
+        self,
+        model: torch.nn.Module | checkpoint.WholeState,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         """Load the checkpoint that this run goes on from, if there is one. Call it once, before `steps`."""
         metrics = self.folder / "metrics.jsonl"
@@ -223,7 +228,7 @@ class Run:
     def save_if_due(
         self,
         step: int,
-        model: torch.nn.Module,
+        model: torch.nn.Module | checkpoint.WholeState,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
@@ -232,7 +237,8 @@ class Run:
         last = done == self.config.train.steps or self._stopping
         check = self.config.train.check_replicas_every
         if check and (done % check == 0 or last):
-            check_replicas(model, step)
+            held = model.module if isinstance(model, checkpoint.WholeState) else model
+            check_replicas(held, step, self.replicas)
         if last or (every and done % every == 0):
             self._read_pending()
             extra = {"scaler": scaler.state_dict()} if scaler and scaler.is_enabled() else {}

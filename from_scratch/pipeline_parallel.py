@@ -10,7 +10,7 @@ forwards a rank does before its first backward (the warm-up); see `order`:
 The idle share (bubble) is (p - 1) / (v·m + p - 1) for p ranks, m micro-batches and v stages a rank.
 
     groups = dist.group.WORLD, dist.new_group()
-    pipeline = Pipeline(config, seed, (batch, sequence), groups, "1f1b")
+    pipeline = Pipeline(config, seed, sequence, groups, "1f1b")
     loss_sum = pipeline.step(micro_batches, 1 / tokens_per_step)          # gradients are there; zero_grad between steps
     norm = pipeline.clip_grad_norm(1.0)
     pipeline.write_events(folder)                                         # for gantt.py
@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import grad_norm
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -102,8 +103,7 @@ class Pipeline:
 
     Args:
         config, seed: of the whole model; every stage starts as its part of it would.
-        micro_shape: (batch, sequence) of a micro-batch. Every message's shape is known from it: nothing but numbers
-            has to be sent.
+        sequence: tokens of a sequence; attention's share of a layer's cost depends on it.
         groups: two groups of the same ranks, one a direction. Within each, messages between two ranks arrive in the
             order in which they are wanted; in one group, activations and gradients could take each other's place.
         schedule, chunks: see `order`; chunk c of rank r is stage c · ranks + r.
@@ -117,7 +117,7 @@ class Pipeline:
         self,
         config: ModelConfig,
         seed: int,
-        micro_shape: tuple[int, int],
+        sequence: int,
         groups: tuple[ProcessGroup, ProcessGroup],
         schedule: str = "1f1b",
         chunks: int = 1,
@@ -130,41 +130,61 @@ class Pipeline:
         if chunks > 1 and self.ranks == 1:
             raise ValueError(f"{chunks} stages on 1 rank; interleaved needs at least 2 ranks; use 1f1b")
         self.schedule, self.chunks, self.last_stage = schedule, chunks, self.ranks * chunks - 1
-        layers = layers or split_by_cost(config, self.ranks * chunks, micro_shape[1])
+        layers = layers or split_by_cost(config, self.ranks * chunks, sequence)
         self.stages = torch.nn.ModuleDict({
             str(stage): Transformer(config, seed, stage == 0, stage == self.last_stage, layers[stage])
             for stage in range(self.rank, self.ranks * chunks, self.ranks)
         }).to(device=device, dtype=dtype)  # fmt: skip
         # A tied weight lives twice, on the first and the last stage, and starts equal there.
         self.tied = config.tied and self.ranks > 1
-        self.hidden_shape, self.device, self.dtype = (*micro_shape, config.width), torch.device(device), dtype
+        self.width, self.device, self.dtype = config.width, torch.device(device), dtype
+        self.recording = True  # on a GPU it waits for every event to end: switch it off to train
         self.events: list[dict] = []
         self.steps_done = 0
 
     def step(self, micro_batches: list[tuple[Tensor, Tensor]], scale: float) -> Tensor:
         """One step's forwards and backwards; returns the sum of token losses on the last rank, 0 elsewhere.
 
-        micro_batches: (tokens, targets) each; the first stage reads tokens, the last targets. scale: the gradient is
-        that of scale × the sum; 1 / tokens of the step makes it the mean's, however many micro-batches there are.
+        micro_batches: (tokens, targets) each, the same on all ranks. The first stage reads tokens, the last targets,
+        and all the shape of their messages: nothing but numbers has to be sent. scale: the gradient is that of scale ×
+        the sum; 1 / tokens of the step makes it the mean's, however many micro-batches there are.
         """
-        self._live: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # what waits for its backward
-        self._sending: list[tuple[dist.Work, Tensor]] = []
-        self._loss_sum = torch.zeros((), dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
+        self._begin()
         for kind, chunk, number in order(self.schedule, self.rank, self.ranks, len(micro_batches), self.chunks):
             stage = chunk * self.ranks + self.rank
             if kind == "forward":
                 self._forward(stage, number, *micro_batches[number])
             else:
                 self._backward(stage, number, scale)
-        for request, _ in self._sending:  # a tensor must stay until it has left
-            request.wait()
+        self._end()
         if self.tied and self.rank in (0, self.ranks - 1):
             self._sum_tied_gradients()
         self.steps_done += 1
         return self._loss_sum
 
+    @torch.no_grad()
+    def evaluate(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """The sum of token losses on the last rank, 0 elsewhere; no gradients. All ranks give the same batch."""
+        self._begin()
+        recording, self.recording = self.recording, False
+        for stage in range(self.rank, self.last_stage + 1, self.ranks):
+            self._forward(stage, 0, tokens, targets)
+        self._end()
+        self.recording = recording
+        return self._loss_sum
+
+    def _begin(self) -> None:
+        self._live: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # what waits for its backward
+        self._sending: list[tuple[dist.Work, Tensor]] = []
+        self._loss_sum = torch.zeros((), dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
+
+    def _end(self) -> None:
+        for request, _ in self._sending:  # a tensor must stay until it has left
+            request.wait()
+        self._live.clear()
+
     def _forward(self, stage: int, number: int, tokens: Tensor, targets: Tensor) -> None:
-        x = tokens if stage == 0 else self._receive(0, stage, number).requires_grad_()
+        x = tokens if stage == 0 else self._receive(0, stage, number, tokens.shape).requires_grad_()
         with self._event("forward", stage, number):
             output = self.stages[str(stage)](x, targets if stage == self.last_stage else None)
         if stage == self.last_stage:
@@ -175,7 +195,7 @@ class Pipeline:
 
     def _backward(self, stage: int, number: int, scale: float) -> None:
         x, output = self._live.pop((stage, number))
-        gradient = None if stage == self.last_stage else self._receive(1, stage, number)
+        gradient = None if stage == self.last_stage else self._receive(1, stage, number, output.shape)
         with self._event("backward", stage, number):
             torch.autograd.backward(output * scale if stage == self.last_stage else output, gradient)
         if stage > 0:
@@ -189,10 +209,10 @@ class Pipeline:
             tensor = tensor.contiguous()
             self._sending.append((dist.isend(tensor, group=self.groups[direction], group_dst=peer), tensor))
 
-    def _receive(self, direction: int, stage: int, number: int) -> Tensor:
+    def _receive(self, direction: int, stage: int, number: int, shape: torch.Size) -> Tensor:
         peer = (self.rank - (1, -1)[direction]) % self.ranks
         with self._event("recv", stage, number):  # waiting included
-            tensor = torch.empty(self.hidden_shape, dtype=self.dtype, device=self.device)
+            tensor = torch.empty(*shape[:2], self.width, dtype=self.dtype, device=self.device)
             dist.recv(tensor, group=self.groups[direction], group_src=peer)
         return tensor
 
@@ -211,18 +231,16 @@ class Pipeline:
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Scale gradients to a norm of at most max_norm over all stages; a tied weight counts once. Norm before."""
-        gradients = {name: p.grad for name, p in self.stages.named_parameters() if p.grad is not None}
-        copies = f"{self.last_stage}.head.weight" if self.tied else None
-        norm = torch.zeros((), dtype=self.dtype, device=self.device)
-        norm += sum(gradient.pow(2).sum() for name, gradient in gradients.items() if name != copies)
-        dist.all_reduce(norm, group=self.groups[0])
-        norm = norm.sqrt()
-        for gradient in gradients.values():
-            gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch.nn.utils.clip_grad_norm_ does
-        return norm
+        named = {name: p.grad for name, p in self.stages.named_parameters() if p.grad is not None}
+        twice = ("0.embedding.weight", f"{self.last_stage}.head.weight") if self.tied else ()
+        held_by = ((gradient, 2 if name in twice else 1) for name, gradient in named.items())
+        return grad_norm.clip_grad_norm(held_by, max_norm, self.groups[0])
 
     @contextlib.contextmanager
     def _event(self, event: str, stage: int, micro_batch: int) -> Iterator[None]:
+        if not self.recording:
+            yield
+            return
         start = self._now()
         yield
         place = {"step": self.steps_done, "rank": self.rank, "stage": stage, "micro_batch": micro_batch}

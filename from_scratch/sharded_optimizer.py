@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from grad_norm import clip_grad_norm
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -46,21 +47,8 @@ def piece_of(whole: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def clip_sharded_grad_norm_(shards: Iterable[nn.Parameter], max_norm: float, group: ProcessGroup) -> Tensor:
-    """Scale the gradients of pieces to a global norm of at most max_norm; returns the norm before.
-
-    The norm of a piece is no one's norm: squares are summed over the ranks first. Padding is zero and adds nothing.
-    """
-    shards = list(shards)
-    gradients = [shard.grad for shard in shards if shard.grad is not None]
-    squares = torch.zeros((), dtype=torch.float64, device=shards[0].device)
-    for gradient in gradients:
-        squares += gradient.to(torch.promote_types(gradient.dtype, torch.float32)).pow(2).sum()
-    dist.all_reduce(squares, group=group)
-    norm = squares.sqrt()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ does
-    for gradient in gradients:
-        gradient.mul_(scale)
-    return norm
+    """Scale the gradients of pieces to a global norm of at most max_norm; returns the norm before."""
+    return clip_grad_norm(((shard.grad, 1) for shard in shards if shard.grad is not None), max_norm, group)
 
 
 class Zero1Optimizer:
@@ -106,20 +94,21 @@ class Zero1Optimizer:
         """Where learning rates are set. (Loading a state puts another list there.)"""
         return self.inner.param_groups
 
-    def _take_gradients(self) -> None:
+    def take_gradients(self) -> None:
+        """Put this rank's pieces of the whole gradients into the shards' .grad, where `step` finds them."""
         for parameter, shard in zip(self.whole, self.shards, strict=True):
             if shard.grad is None and parameter.grad is not None:  # what is there already may have been clipped
                 shard.grad = piece_of(parameter.grad, self.group).clone()
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale gradients to a global norm of at most max_norm; returns the norm before. All ranks must call it."""
-        self._take_gradients()
+        self.take_gradients()
         return clip_sharded_grad_norm_(self.shards, max_norm, self.group)
 
     @torch.no_grad()
     def step(self) -> None:
         """Step the own pieces, then all-gather the parameters: one message for each dtype. Uses the gradients up."""
-        self._take_gradients()
+        self.take_gradients()
         for parameter, shard in zip(self.whole, self.shards, strict=True):
             shard.copy_(piece_of(parameter, self.group))  # weights may have been loaded since
         self.inner.step()

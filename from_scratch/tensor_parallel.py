@@ -14,6 +14,7 @@ bytes, but a rank keeps 1/n of those activations.
 
 from collections.abc import Callable
 
+import grad_norm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -237,14 +238,7 @@ def _check(config: ModelConfig, ranks: int) -> None:
 
 
 def clip_grad_norm(model: nn.Module, max_norm: float, group: ProcessGroup) -> Tensor:
-    """Scale gradients to a global norm of at most max_norm; returns the norm before.
-
-    Squares of slices are summed over the ranks. What all ranks hold counts once: summed likewise, it would n times.
-    """
-    gradients = [(sharded_dimension(name), p.grad) for name, p in model.named_parameters()]
-    cut_ones, whole_ones = (sum(g.pow(2).sum() for d, g in gradients if (d is None) == whole) for whole in (0, 1))
-    norm = (all_reduce(cut_ones, group) + whole_ones).sqrt()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ does
-    for _, gradient in gradients:
-        gradient.mul_(scale)
-    return norm
+    """Scale gradients to a global norm of at most max_norm; returns the norm before. Norms' weights count once."""
+    named = [(name, parameter.grad) for name, parameter in model.named_parameters()]
+    held_by = ((gradient, group.size() if sharded_dimension(name) is None else 1) for name, gradient in named)
+    return grad_norm.clip_grad_norm(held_by, max_norm, group)

@@ -19,9 +19,8 @@ def samples(micro_batches: int) -> int:
     return SAMPLES if SAMPLES % micro_batches == 0 else micro_batches
 
 
-def pipeline(schedule: str, micro_batches: int, chunks: int, changes: dict, layers=None) -> pp.Pipeline:
-    shape = (samples(micro_batches) // micro_batches, 24)
-    return pp.Pipeline(small(**changes), 1, shape, groups(), schedule, chunks, layers, dtype=torch.float64)
+def pipeline(schedule: str, chunks: int, changes: dict, layers=None) -> pp.Pipeline:
+    return pp.Pipeline(small(**changes), 1, 24, groups(), schedule, chunks, layers, dtype=torch.float64)
 
 
 def parts(step: int, micro_batches: int, changes: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -32,7 +31,7 @@ def parts(step: int, micro_batches: int, changes: dict) -> list[tuple[torch.Tens
 def train(schedule: str, micro_batches: int, chunks: int, changes: dict, steps: int, layers=None) -> tuple[dict, list]:
     """Steps beside the dense model's: this rank's largest differences, and its events of the last step."""
     rows, first, last = dense(steps, samples(micro_batches), **changes)
-    pipe, seen = pipeline(schedule, micro_batches, chunks, changes, layers), Differences()
+    pipe, seen = pipeline(schedule, chunks, changes, layers), Differences()
     optimizer, tokens = optimizer_for(pipe.stages), samples(micro_batches) * 24
 
     def whole(name: str) -> str:  # "3.head.weight" of stage 3; the copy of a tied weight is the embedding's
@@ -56,7 +55,7 @@ def train(schedule: str, micro_batches: int, chunks: int, changes: dict, steps: 
 
 
 def write_log(schedule: str, folder: str) -> None:
-    pipe = pipeline(schedule, 4, 1, {"layers": 4})
+    pipe = pipeline(schedule, 1, {"layers": 4})
     for step in range(2):
         pipe.step(parts(step, 4, {}), 1.0)
     pipe.write_events(folder)
@@ -64,7 +63,7 @@ def write_log(schedule: str, folder: str) -> None:
 
 def refused(schedule: str, chunks: int, changes: dict) -> str:
     try:
-        pipeline(schedule, 1, chunks, changes)
+        pipeline(schedule, chunks, changes)
     except ValueError as error:
         return str(error)
     return "nothing"
