@@ -14,7 +14,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib import patches, pyplot
-from pipeline_parallel import SCHEDULES, order
+from pipeline_parallel import SCHEDULES, ideal_bubble, order
 
 from common.ranks import fail
 
@@ -74,11 +74,6 @@ def bubble(events: list[dict]) -> float:
     work = [event for row in computed(events).values() for event in row]
     span = max(event["end"] for event in work) - min(event["start"] for event in work)
     return 1 - sum(event["end"] - event["start"] for event in work) / (span * shape(events)[0])
-
-
-def ideal_bubble(ranks: int, micro_batches: int, chunks: int) -> float:
-    """(p - 1) / (v·m + p - 1): equal stages and free communication (arXiv 2104.04473, section 2.2)."""
-    return (ranks - 1) / (chunks * micro_batches + ranks - 1)
 
 
 def simulate(schedule: str, ranks: int, micro_batches: int, chunks: int) -> list[dict]:

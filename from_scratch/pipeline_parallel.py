@@ -7,7 +7,7 @@ forwards a rank does before its first backward (the warm-up); see `order`:
     1f1b          one forward, one backward, in turn: at most p - stage in flight, and the same idle time
     interleaved   each rank has several smaller stages (https://arxiv.org/abs/2104.04473): less idle time, more messages
 
-The idle share (bubble) is (p - 1) / (v·m + p - 1) for p ranks, m micro-batches and v stages a rank.
+The idle share (bubble) is (p - 1) / (v·m + p - 1) for p ranks, m micro-batches and v stages a rank: `ideal_bubble`.
 
     groups = dist.group.WORLD, dist.new_group()
     pipeline = Pipeline(config, seed, sequence, groups, "1f1b")
@@ -71,6 +71,11 @@ def order(schedule: str, rank: int, ranks: int, micro_batches: int, chunks: int 
     warm_up = min(warm_up, total)
     steady = zip(forwards[warm_up:], backwards, strict=False)
     return forwards[:warm_up] + [a for pair in steady for a in pair] + backwards[total - warm_up :]
+
+
+def ideal_bubble(ranks: int, micro_batches: int, chunks: int) -> float:
+    """(p - 1) / (v·m + p - 1): equal stages and free communication (arXiv 2104.04473, section 2.2)."""
+    return (ranks - 1) / (chunks * micro_batches + ranks - 1)
 
 
 def split_by_cost(config: ModelConfig, stages: int, sequence: int = 0) -> list[range]:

@@ -21,10 +21,9 @@ import tensor_parallel
 import torch
 import torch.distributed as dist
 from data_parallel import BucketedDataParallel, NaiveDataParallel, OverlappedDataParallel
-from gantt import ideal_bubble
 from grad_norm import clip_grad_norm
 from mesh import Mesh, build_mesh, lines, make_grid
-from pipeline_parallel import Pipeline
+from pipeline_parallel import Pipeline, ideal_bubble
 from sharded_optimizer import Zero1Optimizer, Zero2Optimizer
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record

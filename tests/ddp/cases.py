@@ -14,7 +14,16 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 def train(script: str, arguments: list[str]) -> None:
     """Run a lesson script as it stands, with these arguments, on this rank."""
     sys.argv = [str(ROOT / script), *arguments]
-    runpy.run_path(str(ROOT / script), run_name="__main__")
+    folder = str((ROOT / script).parent)
+    sys.path.insert(0, folder)  # as python does for a script
+    before = set(sys.modules)
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    finally:
+        sys.path.remove(folder)
+        for name in set(sys.modules) - before:  # another lesson may have a file of the same name
+            if (getattr(sys.modules[name], "__file__", None) or "").startswith(folder):
+                del sys.modules[name]
 
 
 def ends(script: str, arguments: list[str]) -> tuple[int, str]:

@@ -1,0 +1,200 @@
+"""from_scratch/train.py with any strategy, mesh, world size and accumulation is ddp/single_device.py's training."""
+
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from equality import SMALL, largest_difference, read_checkpoint, read_rows, read_validation
+from launching import ROOT, clean_environment, free_port
+
+CASES, SCRIPT = "tests/ddp/cases.py", "from_scratch/train.py"
+STEPS = 20
+# Divides by 2, 3 and 4: key-value heads, neurons, sequence (in 2n pieces), vocabulary, layers; and 48 samples.
+EVEN = ["--model.heads", "12", "--model.kv_heads", "12", "--model.width", "48", "--model.ffn_width", "48",
+        "--model.vocabulary", "264", "--model.layers", "4", "--data.sequence_length", "24",
+        "--batch.global_size", "48", "--train.precision", "fp64"]  # fmt: skip
+
+
+def arguments(folder, name, *more):
+    return [*SMALL, *EVEN, "--train.steps", str(STEPS), "--runs_dir", str(folder), "--run_name", name, *more]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, group):
+    """single_device.py's run for given options, made once each."""
+    made = {}
+
+    def get(*options):
+        if options not in made:
+            folder = tmp_path_factory.mktemp("reference")
+            group(1)(CASES, "train", "ddp/single_device.py", arguments(folder, "one", *options))
+            made[options] = folder / "one"
+        return made[options]
+
+    return get
+
+
+def assert_equal(one, many):
+    """Losses, norms, validation, parameters and AdamW's averages within 1e-12 of one process, in fp64 over 20 steps."""
+    for a, b in zip(read_rows(one), read_rows(many), strict=True):
+        assert (a["step"], a["tokens"], a["lr"]) == (b["step"], b["tokens"], b["lr"])
+        assert abs(a["loss"] - b["loss"]) <= 1e-12, (a, b)
+        assert abs(a["grad_norm"] - b["grad_norm"]) <= 1e-11, (a, b)  # norms are of order 10, losses of order 1
+    assert read_validation(one).keys() == read_validation(many).keys()
+    for step, value in read_validation(one).items():
+        assert abs(value - read_validation(many)[step]) <= 1e-12
+    a, b = read_checkpoint(one, STEPS), read_checkpoint(many, STEPS)
+    assert largest_difference(a, b, "model.") <= 1e-12
+    assert largest_difference(a, b, "optimizer.") <= 1e-12
+
+
+def train_and_compare(group, reference, folder, ranks, options, model=()):
+    group(ranks)(CASES, "train", SCRIPT, arguments(folder, "many", *options, *model))
+    assert_equal(reference(*model), folder / "many")
+
+
+slow = pytest.mark.slow  # the strategies' own tests cover these numbers of ranks and micro-batches, all of them
+
+
+@pytest.mark.parametrize(
+    ("ranks", "accumulation"),
+    [(2, 1), (3, 4), pytest.param(4, 4, marks=slow), pytest.param(2, 4, marks=slow), pytest.param(4, 1, marks=slow)],
+)
+@pytest.mark.parametrize(
+    "strategy", ["naive", "accumulate", "overlap", "bucket", "zero1", "zero2", "fsdp", "tensor", "pipeline", "context"]
+)
+def test_every_strategy(group, reference, tmp_path, strategy, ranks, accumulation):
+    samples = 48 if strategy in ("tensor", "pipeline", "context") else 48 // ranks
+    options = ["--strategy", strategy, "--batch.micro_size", str(samples // accumulation)]
+    tied = ["--model.tied", "true"] if accumulation == 4 else []
+    train_and_compare(group, reference, tmp_path, ranks, options, tied)
+
+
+COMBINATIONS = {  # on 4 ranks
+    "zero1 x tensor": ["--strategy", "zero1", "--mesh.tp", "2"],
+    "zero2 x tensor, sequence parallel": ["--strategy", "zero2", "--mesh.tp", "2", "--sequence_parallel", "true"],
+    "fsdp x tensor": ["--strategy", "fsdp", "--mesh.tp", "2"],
+    "fsdp x context": ["--strategy", "fsdp", "--mesh.cp", "2"],
+    "overlap x context, unbalanced": ["--strategy", "overlap", "--mesh.cp", "2", "--balanced", "false"],
+    "zero1 x pipeline": ["--strategy", "zero1", "--mesh.pp", "2"],
+    "tensor x pipeline": ["--strategy", "tensor", "--mesh.pp", "2", "--schedule", "afab"],
+    "context x pipeline": ["--strategy", "context", "--mesh.pp", "2"],
+    "context x tensor": ["--strategy", "context", "--mesh.tp", "2", "--sequence_parallel", "true"],
+    "pipeline, interleaved, x data": ["--strategy", "pipeline", "--mesh.dp", "2", "--schedule", "interleaved",
+                                      "--stages_per_rank", "2"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", ["true", pytest.param("false", marks=slow)])
+@pytest.mark.parametrize("options", COMBINATIONS.values(), ids=COMBINATIONS)
+def test_combinations(group, reference, tmp_path, options, tied):
+    model = ["--model.tied", tied] if tied == "true" else []
+    train_and_compare(group, reference, tmp_path, 4, [*options, "--batch.micro_size", "6"], model)
+
+
+def test_activation_checkpointing(group, reference, tmp_path):
+    options = ["--strategy", "fsdp", "--mesh.tp", "2", "--train.activation_checkpointing", "true"]
+    train_and_compare(group, reference, tmp_path, 4, options)
+
+
+@pytest.mark.parametrize(("first", "then"), [
+    ((4, ["--strategy", "fsdp", "--mesh.tp", "2"]), (2, ["--strategy", "pipeline"])),
+    ((2, ["--strategy", "pipeline"]), (3, ["--strategy", "zero2"])),
+    ((3, ["--strategy", "zero1"]), (2, ["--strategy", "fsdp"])),
+], ids=["fsdp x tensor to pipeline", "pipeline to zero2", "zero1 to fsdp"])  # fmt: skip
+def test_resume_under_another_strategy(group, reference, tmp_path, first, then):
+    """Ten steps one way, ten another, at another world size: 20 steps of one process. Tied, the harder case."""
+    tied = ["--model.tied", "true"]
+    group(first[0])(CASES, "train_until", SCRIPT, arguments(tmp_path, "many", *first[1], *tied), 10)
+    assert len(read_rows(tmp_path / "many")) == 10
+    group(then[0])(CASES, "train", SCRIPT, arguments(tmp_path, "many", *then[1], *tied))
+    assert_equal(reference(*tied), tmp_path / "many")
+
+
+def test_ddp_goes_on_from_shards_by_hand(group, reference, tmp_path):
+    group(2)(CASES, "train_until", SCRIPT, arguments(tmp_path, "many", "--strategy", "fsdp"), 10)
+    group(2)(CASES, "train", "ddp/train.py", arguments(tmp_path, "many"))
+    assert_equal(reference(), tmp_path / "many")
+
+
+@pytest.mark.parametrize("strategy", ["bucket", "zero2", "fsdp", "tensor", "pipeline", "context"])
+def test_bf16_trains(group, tmp_path, strategy):
+    """The loss falls as in fp32; 3e-2 is some seven bf16 roundings (2^-8) of a loss of 5.6."""
+    options = ["--strategy", strategy, "--train.precision", "bf16"]
+    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "low", *options))
+    group(1)(CASES, "train", "ddp/single_device.py", arguments(tmp_path, "one", "--train.precision", "fp32"))
+    one, low = read_rows(tmp_path / "one"), read_rows(tmp_path / "low")
+    assert abs(low[0]["loss"] - one[0]["loss"]) < 3e-2
+    assert low[-1]["loss"] < low[0]["loss"] - 0.5
+
+
+@pytest.mark.parametrize(("ranks", "options", "words"), [
+    (2, ["--strategy", "tensor", "--mesh.dp", "3"], "2 ranks for mesh.tp and other axes of together 3"),
+    (2, ["--mesh.tp", "0"], "expected at least 1 on every axis"),
+    (2, ["--mesh.dp", "1"], "has 1 places, but there are 2 ranks"),
+    (4, ["--strategy", "fsdp", "--mesh.pp", "2"], "use bucket or zero1"),
+    (2, ["--strategy", "tensor", "--model.experts", "4"], "set it to 0"),
+    (2, ["--strategy", "tensor", "--model.heads", "3", "--model.kv_heads", "3"], "model.kv_heads is 3"),
+    (4, ["--strategy", "pipeline", "--model.layers", "3"], "expected a layer for each"),
+    (2, ["--strategy", "pipeline", "--schedule", "interleaved"], "expected 1 for afab and 1f1b, else at least 2"),
+    (2, ["--strategy", "context", "--data.sequence_length", "18"], "does not divide into 4 pieces"),
+    (2, ["--sequence_parallel", "true"], "set mesh.tp"),
+    (2, ["--stages_per_rank", "2"], "set mesh.pp"),
+    (2, ["--train.precision", "fp16"], "ddp/train.py has fp16"),
+    (2, ["--strategy", "horizontal"], "strategy = horizontal"),
+    (2, ["--strategy", "interleaved"], "strategy = interleaved"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
+def test_bad_input(group, tmp_path, ranks, options, words):
+    for code, message in group(ranks)(CASES, "ends", SCRIPT, arguments(tmp_path, "bad", *options)):
+        assert code == 2
+        lines = [line for line in message.splitlines() if "error: " in line]
+        assert len(lines) == 1, message
+        assert "Traceback" not in message
+        assert words in lines[0], message
+
+
+def test_three_dimensions(launch, reference, tmp_path):
+    """2 x 2 x 2 on 8 ranks, as a user starts it."""
+    config = ["--config", "from_scratch/configs/three_dimensional.yaml", "--batch.global_size", "48"]
+    launch(SCRIPT, *arguments(tmp_path, "many", *config, "--train.steps", str(STEPS)), nproc=8, timeout=200)
+    assert_equal(reference(), tmp_path / "many")
+
+
+@pytest.mark.parametrize("strategy", ["bucket", "zero2", "fsdp", "tensor", "pipeline", "context"])
+def test_a_killed_rank_does_not_leave_the_others_waiting(tmp_path, strategy):
+    """Nobody but the network tells the others (no torchrun): they end by themselves, long before the time-out."""
+    script = tmp_path / "dies.py"
+    script.write_text(
+        "import os, runpy, signal, sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'from_scratch')!r})\n"
+        "from common.run import Run\n"
+        "log = Run.log\n"
+        "def log_or_die(self, step, *rest):\n"
+        "    if step == 3 and self.ranks.rank == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    log(self, step, *rest)\n"
+        "Run.log = log_or_die\n"
+        f"runpy.run_path({str(ROOT / SCRIPT)!r}, run_name='__main__')\n"
+    )
+    options = arguments(tmp_path / "runs", "many", "--strategy", strategy, "--train.steps", "4000", "--timeout_s", "60")
+    port = str(free_port())
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
+    processes = [
+        subprocess.Popen([sys.executable, str(script), *options], cwd=ROOT, text=True, stderr=subprocess.PIPE,
+                         stdout=subprocess.DEVNULL,
+                         env=clean_environment(DEVICE="cpu", RANK=str(rank), LOCAL_RANK=str(rank), **place))
+        for rank in range(3)
+    ]  # fmt: skip
+    try:
+        processes[1].wait(timeout=100)
+        died = time.monotonic()
+        for survivor in (processes[0], processes[2]):
+            _, stderr = survivor.communicate(timeout=100)
+            assert survivor.returncode not in (0, None)
+            assert re.search(r"Connection (closed|reset) by peer|Broken pipe", stderr), stderr[-2000:]
+        assert time.monotonic() - died < 30  # by the closed connection, not by the time-out of 60 s
+    finally:
+        for process in processes:
+            process.kill()
