@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch.distributed.tensor import DTensor
 
 
 @dataclass
@@ -65,6 +66,7 @@ def build_optimizer(
     fused = device.type in ("cuda", "cpu")
     if config.name == "sgd":
         momentum, nesterov = config.betas[0], config.nesterov
+        fused = fused and not any(isinstance(p, DTensor) for p in trainable)  # torch 2.15 has none for shards
         return torch.optim.SGD(groups, lr=config.lr, momentum=momentum, nesterov=nesterov, fused=fused)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
 

@@ -7,6 +7,7 @@ bit is. All sums travel in one small all-reduce, cheap enough for every few doze
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from common.ranks import fail
 
@@ -20,6 +21,7 @@ def bit_sums(model: torch.nn.Module) -> tuple[list[str], torch.Tensor]:
         The tensors' names, and the sums, (number of tensors,) int64 on the model's device.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}
     sums = [t.detach().contiguous().view(_BITS[t.element_size()]).sum(dtype=torch.int64) for t in tensors.values()]
     return list(tensors), torch.stack(sums)
 

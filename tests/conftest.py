@@ -50,6 +50,22 @@ def group():
 
 
 @pytest.fixture(scope="session")
+def single_device(group, tmp_path_factory):
+    """`single_device("--train.steps", "20")`: the folder of ddp/single_device.py's run, made once for each."""
+    made = {}
+
+    def get(*arguments):
+        if arguments not in made:
+            folder = tmp_path_factory.mktemp("single_device")
+            places = ["--runs_dir", str(folder), "--run_name", "one"]
+            group(1)("tests/ddp/cases.py", "train", "ddp/single_device.py", [*arguments, *places])
+            made[arguments] = folder / "one"
+        return made[arguments]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
     """A Slurm cluster of two nodes with two GPUs each, started once; see tests/support/slurm_cluster.py."""
     if reason := why_not():

@@ -2,49 +2,28 @@
 
 import pytest
 import torch
-from equality import SMALL, largest_difference, read_checkpoint, read_rows, read_validation
+from equality import (
+    SMALL,
+    assert_same_rows,
+    assert_same_training,
+    largest_difference,
+    read_checkpoint,
+    read_rows,
+)  # fmt: skip
 
 STEPS = 20
 
 
+BASE = [*SMALL, "--train.steps", str(STEPS)]
+
+
 def arguments(tmp_path, name, *more):
-    return [*SMALL, "--train.steps", str(STEPS), "--runs_dir", str(tmp_path), "--run_name", name, *more]
+    return [*BASE, "--runs_dir", str(tmp_path), "--run_name", name, *more]
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory, group):
-    """single_device.py's run for given options, made once each."""
-    made = {}
-
-    def get(*options):
-        if options not in made:
-            folder = tmp_path_factory.mktemp("reference")
-            group(1)("tests/ddp/cases.py", "train", "ddp/single_device.py", arguments(folder, "one", *options))
-            made[options] = folder / "one"
-        return made[options]
-
-    return get
-
-
-def compare_rows(one, many, tolerance):
-    for a, b in zip(read_rows(one), read_rows(many), strict=True):
-        assert a["step"] == b["step"] and a["tokens"] == b["tokens"] and a["lr"] == b["lr"]
-        assert abs(a["loss"] - b["loss"]) <= tolerance, (a, b)
-        assert abs(a["grad_norm"] - b["grad_norm"]) <= 10 * tolerance, (
-            a,
-            b,
-        )  # norms are of order 10, losses of order 1
-    assert read_validation(one).keys() == read_validation(many).keys()
-    for step, value in read_validation(one).items():
-        assert abs(value - read_validation(many)[step]) <= tolerance
-
-
-def compare_in_fp64(one, many):
-    """Everything within 1e-12. AdamW's averages of all gradients are compared too, parameter by parameter."""
-    compare_rows(one, many, 1e-12)
-    a, b = read_checkpoint(one, STEPS), read_checkpoint(many, STEPS)
-    assert largest_difference(a, b, "model.") <= 1e-12
-    assert largest_difference(a, b, "optimizer.") <= 1e-12
+@pytest.fixture
+def reference(single_device):
+    return lambda *options: single_device(*BASE, *options)
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -56,7 +35,7 @@ def test_fp64_is_the_proof(group, reference, tmp_path, world_size, accumulation)
     micro = 48 // world_size // accumulation
     many = arguments(tmp_path, "many", *options, "--batch.micro_size", str(micro))
     group(world_size)("tests/ddp/cases.py", "train", "ddp/train.py", many)
-    compare_in_fp64(one, tmp_path / "many")
+    assert_same_training(one, tmp_path / "many")
 
 
 @pytest.mark.parametrize(
@@ -67,7 +46,7 @@ def test_fp32(group, reference, tmp_path, name, lr, world_size, parameters):
     options = ["--optimizer.name", name, "--optimizer.lr", lr]
     one = reference(*options)
     group(world_size)("tests/ddp/cases.py", "train", "ddp/train.py", arguments(tmp_path, "many", *options))
-    compare_rows(one, tmp_path / "many", 1e-5)
+    assert_same_rows(one, tmp_path / "many", 1e-5)
     a, b = read_checkpoint(one, STEPS), read_checkpoint(tmp_path / "many", STEPS)
     assert largest_difference(a, b, "model.") <= parameters
 
@@ -94,7 +73,7 @@ def test_variants_in_fp64(group, reference, tmp_path, options):
     options = [*options, "--train.precision", "fp64"]
     one = reference(*options)
     group(3)("tests/ddp/cases.py", "train", "ddp/train.py", arguments(tmp_path, "many", *options))
-    compare_in_fp64(one, tmp_path / "many")
+    assert_same_training(one, tmp_path / "many")
 
 
 def test_parameters_have_moved(reference):

@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from equality import SMALL, largest_difference, read_checkpoint, read_rows, read_validation
+from equality import SMALL, assert_same_training, read_rows
 from launching import ROOT, clean_environment, free_port
 
 CASES, SCRIPT = "tests/ddp/cases.py", "from_scratch/train.py"
@@ -17,42 +17,21 @@ EVEN = ["--model.heads", "12", "--model.kv_heads", "12", "--model.width", "48", 
         "--batch.global_size", "48", "--train.precision", "fp64"]  # fmt: skip
 
 
+BASE = [*SMALL, *EVEN, "--train.steps", str(STEPS)]
+
+
 def arguments(folder, name, *more):
-    return [*SMALL, *EVEN, "--train.steps", str(STEPS), "--runs_dir", str(folder), "--run_name", name, *more]
+    return [*BASE, "--runs_dir", str(folder), "--run_name", name, *more]
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory, group):
-    """single_device.py's run for given options, made once each."""
-    made = {}
-
-    def get(*options):
-        if options not in made:
-            folder = tmp_path_factory.mktemp("reference")
-            group(1)(CASES, "train", "ddp/single_device.py", arguments(folder, "one", *options))
-            made[options] = folder / "one"
-        return made[options]
-
-    return get
-
-
-def assert_equal(one, many):
-    """Losses, norms, validation, parameters and AdamW's averages within 1e-12 of one process, in fp64 over 20 steps."""
-    for a, b in zip(read_rows(one), read_rows(many), strict=True):
-        assert (a["step"], a["tokens"], a["lr"]) == (b["step"], b["tokens"], b["lr"])
-        assert abs(a["loss"] - b["loss"]) <= 1e-12, (a, b)
-        assert abs(a["grad_norm"] - b["grad_norm"]) <= 1e-11, (a, b)  # norms are of order 10, losses of order 1
-    assert read_validation(one).keys() == read_validation(many).keys()
-    for step, value in read_validation(one).items():
-        assert abs(value - read_validation(many)[step]) <= 1e-12
-    a, b = read_checkpoint(one, STEPS), read_checkpoint(many, STEPS)
-    assert largest_difference(a, b, "model.") <= 1e-12
-    assert largest_difference(a, b, "optimizer.") <= 1e-12
+@pytest.fixture
+def reference(single_device):
+    return lambda *options: single_device(*BASE, *options)
 
 
 def train_and_compare(group, reference, folder, ranks, options, model=()):
     group(ranks)(CASES, "train", SCRIPT, arguments(folder, "many", *options, *model))
-    assert_equal(reference(*model), folder / "many")
+    assert_same_training(reference(*model), folder / "many")
 
 
 slow = pytest.mark.slow  # the strategies' own tests cover these numbers of ranks and micro-batches, all of them
@@ -110,13 +89,13 @@ def test_resume_under_another_strategy(group, reference, tmp_path, first, then):
     group(first[0])(CASES, "train_until", SCRIPT, arguments(tmp_path, "many", *first[1], *tied), 10)
     assert len(read_rows(tmp_path / "many")) == 10
     group(then[0])(CASES, "train", SCRIPT, arguments(tmp_path, "many", *then[1], *tied))
-    assert_equal(reference(*tied), tmp_path / "many")
+    assert_same_training(reference(*tied), tmp_path / "many")
 
 
 def test_ddp_goes_on_from_shards_by_hand(group, reference, tmp_path):
     group(2)(CASES, "train_until", SCRIPT, arguments(tmp_path, "many", "--strategy", "fsdp"), 10)
     group(2)(CASES, "train", "ddp/train.py", arguments(tmp_path, "many"))
-    assert_equal(reference(), tmp_path / "many")
+    assert_same_training(reference(), tmp_path / "many")
 
 
 @pytest.mark.parametrize("strategy", ["bucket", "zero2", "fsdp", "tensor", "pipeline", "context"])
@@ -159,7 +138,7 @@ def test_three_dimensions(launch, reference, tmp_path):
     """2 x 2 x 2 on 8 ranks, as a user starts it."""
     config = ["--config", "from_scratch/configs/three_dimensional.yaml", "--batch.global_size", "48"]
     launch(SCRIPT, *arguments(tmp_path, "many", *config, "--train.steps", str(STEPS)), nproc=8, timeout=200)
-    assert_equal(reference(), tmp_path / "many")
+    assert_same_training(reference(), tmp_path / "many")
 
 
 @pytest.mark.parametrize("strategy", ["bucket", "zero2", "fsdp", "tensor", "pipeline", "context"])

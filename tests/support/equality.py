@@ -47,3 +47,24 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], p
     names = [name for name in a if name.startswith(prefix) and a[name].is_floating_point()]
     assert names, f"no tensor called {prefix}…"
     return max((a[name].double() - b[name].double()).abs().max().item() for name in names)
+
+
+def assert_same_rows(one: Path, many: Path, tolerance: float) -> None:
+    """The same steps, tokens and learning rates; losses, gradient norms and validation losses within the tolerance."""
+    for a, b in zip(read_rows(one), read_rows(many), strict=True):
+        assert (a["step"], a["tokens"], a["lr"]) == (b["step"], b["tokens"], b["lr"])
+        assert abs(a["loss"] - b["loss"]) <= tolerance, (a, b)
+        # Norms are of order 10 where losses are of order 1.
+        assert abs(a["grad_norm"] - b["grad_norm"]) <= 10 * tolerance, (a, b)
+    assert read_validation(one).keys() == read_validation(many).keys()
+    for step, value in read_validation(one).items():
+        assert abs(value - read_validation(many)[step]) <= tolerance
+
+
+def assert_same_training(one: Path, many: Path) -> None:
+    """For fp64: everything within 1e-12, AdamW's averages of all gradients too, parameter by parameter."""
+    assert_same_rows(one, many, 1e-12)
+    last = len(read_rows(one))
+    a, b = read_checkpoint(one, last), read_checkpoint(many, last)
+    assert largest_difference(a, b, "model.") <= 1e-12
+    assert largest_difference(a, b, "optimizer.") <= 1e-12

@@ -1,0 +1,70 @@
+"""FSDP's settings, and what `fully_shard` is told by them: mesh, precision, off-load, prefetch."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
+
+from common.config import Config
+from common.ranks import Ranks, fail
+
+
+@dataclass
+class FsdpConfig:
+    """Who keeps which part, and when a block is whole."""
+
+    replicate: int = 1
+    """Copies of the model; ranks / replicate share one (above 1: HYBRID_SHARD)."""
+    reshard_after_forward: bool = True
+    """true: a block is freed after its forward, and gathered again for backward (FULL_SHARD); false: SHARD_GRAD_OP."""
+    prefetch: int = 0
+    """How many blocks ahead to gather, in forward and backward; 0 leaves it to torch (1 in backward)."""
+    cpu_offload: bool = False
+    """Keep shards, gradients and optimizer state in host memory; a block comes to the GPU to compute."""
+
+    def __post_init__(self) -> None:
+        if self.prefetch < 0:
+            raise ValueError(f"fsdp.prefetch = {self.prefetch} cannot work; allowed: 0 (torch's choice) or more")
+
+
+@dataclass
+class ShardedConfig(Config):
+    """The common settings, and FSDP's."""
+
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
+
+
+def mesh_and_settings(config: ShardedConfig, ranks: Ranks) -> tuple[DeviceMesh, dict[str, Any]]:
+    """The mesh (replicate, shard), and the arguments of every `fully_shard`. SystemExit: it does not divide."""
+    options, copies = config.fsdp, config.fsdp.replicate
+    if copies < 1 or ranks.world_size % copies:
+        fail(f"fsdp.replicate = {copies} with {ranks.world_size} ranks; expected a divisor of the ranks; change one")
+    shape = copies, ranks.world_size // copies
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    low_precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
+    return mesh, {
+        "mesh": mesh if copies > 1 else mesh["shard"],
+        "reshard_after_forward": None if options.reshard_after_forward else False,  # None: all but the root
+        # Gathered and computed with in the low precision, summed over the ranks in fp32. Inputs are left as they are:
+        # hidden states have the right precision already, and rotary angles would lose theirs.
+        "mp_policy": MixedPrecisionPolicy(low_precision, low_precision and torch.float32, cast_forward_inputs=False),
+        "offload_policy": CPUOffloadPolicy(ranks.device.type == "cuda") if options.cpu_offload else OffloadPolicy(),
+    }
+
+
+def set_prefetch(blocks: list[FSDPModule], ahead: int) -> None:
+    """Gather so many blocks before they are needed; each costs the memory of a whole block. 0: torch's own choice."""
+    for number, block in enumerate(blocks if ahead else []):
+        block.set_modules_to_forward_prefetch(blocks[number + 1 : number + 1 + ahead])
+        block.set_modules_to_backward_prefetch(blocks[max(0, number - ahead) : number][::-1])
+
+
+def describe(model: torch.nn.Module) -> str:
+    """One line: how many units, of what, and how much of the model is on this rank."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    parameters = list(model.parameters())
+    whole, mine = sum(p.nbytes for p in parameters), sum(p.to_local().nbytes for p in parameters)
+    kinds = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+    return f"{len(units)} FSDP units in {kinds}: this rank keeps {mine:,} of {whole:,} bytes of parameters"

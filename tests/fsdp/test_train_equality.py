@@ -1,0 +1,127 @@
+"""FSDP must give the training of one process, whatever is sharded among whom, and say what it holds."""
+
+import math
+import re
+
+import pytest
+import torch
+from equality import SMALL, assert_same_rows, assert_same_training, largest_difference, read_checkpoint, read_rows
+
+CASES, SCRIPT = "tests/ddp/cases.py", "fsdp/train.py"
+STEPS = 20
+BASE = [*SMALL, "--train.steps", str(STEPS), "--batch.global_size", "48"]
+FP64 = ["--train.precision", "fp64"]
+
+
+def arguments(folder, name, *more):
+    return [*BASE, "--runs_dir", str(folder), "--run_name", name, *more]
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_fp64_is_the_proof(group, single_device, tmp_path, ranks, accumulation):
+    """3 does not divide the width: the last shard is padded. Tied where gradients accumulate, the harder case."""
+    model = ["--model.tied", "true"] if accumulation > 1 else []
+    micro = ["--batch.micro_size", str(48 // ranks // accumulation)]
+    group(ranks)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *model, *micro))
+    assert_same_training(single_device(*BASE, *FP64, *model), tmp_path / "many")
+
+
+@pytest.mark.parametrize("options", [
+    ["--fsdp.reshard_after_forward", "false"],
+    ["--fsdp.replicate", "2"],
+    ["--fsdp.replicate", "4"],
+    ["--fsdp.cpu_offload", "true"],
+    ["--fsdp.prefetch", "2"],
+    ["--train.activation_checkpointing", "true"],
+    ["--model.experts", "4"],
+], ids=lambda options: " ".join(options))  # fmt: skip
+def test_every_option(group, single_device, tmp_path, options):
+    model = options if options[0].startswith("--model") else []
+    options = [*options, "--batch.micro_size", "6"]
+    group(4)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options))
+    assert_same_training(single_device(*BASE, *FP64, *model), tmp_path / "many")
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "parameters"),  # AdamW's division by small roots amplifies the last bits of fp32
+    [("adamw", "0.003", 1e-4), ("sgd", "0.01", 1e-6)],
+)
+def test_fp32(group, single_device, tmp_path, name, lr, parameters):
+    options = ["--optimizer.name", name, "--optimizer.lr", lr]
+    one = single_device(*BASE, *options)
+    group(3)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *options))
+    assert_same_rows(one, tmp_path / "many", 1e-5)
+    a, b = read_checkpoint(one, STEPS), read_checkpoint(tmp_path / "many", STEPS)
+    assert largest_difference(a, b, "model.") <= parameters
+
+
+def test_first_gradients_in_fp32(group, single_device, tmp_path):
+    """After one step AdamW's exp_avg is 0.1 times the clipped gradient: a factor of 2 hides from AdamW, not here."""
+    options = ["--train.steps", "1", "--optimizer.clip", "1000"]
+    one = single_device(*BASE, *options)
+    group(4)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *options))
+    a, b = (
+        {name: tensor / 0.1 for name, tensor in read_checkpoint(run, 1).items() if name.endswith("exp_avg")}
+        for run in (one, tmp_path / "many")
+    )
+    assert len(a) == 2 + 2 * 9 + 1
+    assert largest_difference(a, b) <= 1e-5
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_trains(group, single_device, tmp_path, precision):
+    """The policy casts whole blocks where autocast casts operations: losses are close, not equal."""
+    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "low", "--train.precision", precision))
+    one, low = read_rows(single_device(*BASE)), read_rows(tmp_path / "low")
+    assert abs(low[0]["loss"] - one[0]["loss"]) < 3e-2  # some seven bf16 roundings (2^-8) of a loss of 5.6
+    assert low[-1]["loss"] < low[0]["loss"] - 0.5
+    weights = read_checkpoint(tmp_path / "low", STEPS)
+    assert all(tensor.dtype == torch.float32 for name, tensor in weights.items() if name.startswith("model."))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "replicate", "tied"), [(2, 1, "false"), (2, 1, "true"), (4, 2, "false"), (3, 1, "false")]
+)
+def test_units_and_bytes_per_rank(launch, tmp_path, ranks, replicate, tied):
+    """One unit a block and the root; a rank keeps 1/n of each parameter's rows, rounded up."""
+    options = ["--train.steps", "2", "--fsdp.replicate", str(replicate), "--model.tied", tied]
+    printed = launch(SCRIPT, *arguments(tmp_path, "many", *options), nproc=ranks).stdout
+    units, kind, mine, whole = re.search(
+        r"(\d+) FSDP units in (\w+): this rank keeps ([\d,]+) of ([\d,]+) bytes", printed
+    ).groups()
+    weights = {n: t for n, t in read_checkpoint(tmp_path / "many", 2).items() if n.startswith("model.")}
+    rows = sum(-(-t.shape[0] // (ranks // replicate)) * math.prod(t.shape[1:]) for t in weights.values())
+    assert (int(units), kind) == (1 + 2, "float32")
+    assert int(mine.replace(",", "")) == 4 * rows
+    assert int(whole.replace(",", "")) == 4 * sum(t.numel() for t in weights.values())
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["--fsdp.replicate", "3"], "fsdp.replicate = 3 with 2 ranks"),
+    (["--fsdp.replicate", "0"], "expected a divisor of the ranks"),
+    (["--fsdp.prefetch", "-1"], "fsdp.prefetch = -1"),
+    (["--fsdp.shard", "2"], "unknown key fsdp.shard"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
+def test_bad_input(group, tmp_path, options, words):
+    for code, message in group(2)(CASES, "ends", SCRIPT, arguments(tmp_path, "bad", *options)):
+        assert code == 2
+        lines = [line for line in message.splitlines() if "error: " in line]
+        assert len(lines) == 1, message
+        assert words in lines[0], message
+
+
+@pytest.mark.parametrize(("first", "then"), [
+    (("fsdp/train.py", 4), ("fsdp/train.py", 2)),
+    (("fsdp/train.py", 2), ("fsdp/train.py", 3)),
+    (("fsdp/train.py", 3), ("fsdp/train.py", 1)),
+    (("fsdp/train.py", 2), ("ddp/train.py", 3)),
+    (("ddp/train.py", 2), ("fsdp/train.py", 4)),
+], ids=lambda value: f"{value[0].split('/')[0]} on {value[1]}")  # fmt: skip
+def test_resume_elsewhere(group, single_device, tmp_path, first, then):
+    """Ten steps on some ranks, ten more on others, or under another strategy: the twenty of one process."""
+    (script, ranks), (next_script, next_ranks) = first, then
+    group(ranks)(CASES, "train_until", script, arguments(tmp_path, "many", *FP64), 10)
+    assert len(read_rows(tmp_path / "many")) == 10
+    group(next_ranks)(CASES, "train", next_script, arguments(tmp_path, "many", *FP64))
+    assert_same_training(single_device(*BASE, *FP64), tmp_path / "many")
