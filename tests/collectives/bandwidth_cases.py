@@ -9,33 +9,19 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "collectives"))
+sys.path[:0] = [str(ROOT / "collectives"), str(Path(__file__).parent)]
 
-import bandwidth  # noqa: E402  (needs the path above)
-
-from common.config import parse  # noqa: E402
-from common.ranks import Ranks  # noqa: E402
+import bandwidth  # noqa: E402  (needs the paths above)
+import lesson_cases  # noqa: E402
+from lesson_cases import here  # noqa: E402
 
 
 def run(arguments: list[str]) -> tuple[int, str, str]:
     """The script with these arguments on this rank: its exit code, and what it wrote to stdout and stderr."""
-    code, out, err = 0, io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            bandwidth.main(parse(bandwidth.BandwidthConfig, arguments))
-        except SystemExit as ended:
-            code = ended.code
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return code, out.getvalue(), err.getvalue()
+    return lesson_cases.run("bandwidth", arguments)
 
 
 run.joins_itself = True
-
-
-def here() -> Ranks:
-    rank, size = dist.get_rank(), dist.get_world_size()
-    return Ranks(rank, size, rank, size, "test", torch.device("cpu"))
 
 
 def tampered(collective: str, on_rank: int) -> tuple[int, str]:

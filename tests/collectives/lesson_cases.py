@@ -1,4 +1,4 @@
-"""What the ranks of a `group` run for the tests of the collectives lesson."""
+"""What the ranks of a `group` run for the tests of the collectives lesson, those of bandwidth.py included."""
 
 import contextlib
 import importlib
@@ -16,6 +16,7 @@ from common.config import parse  # noqa: E402  (needs the path above)
 from common.ranks import Ranks  # noqa: E402
 
 CONFIGS = {
+    "bandwidth": "BandwidthConfig",
     "collective_ops": "OperationsConfig",
     "point_to_point": "PointToPointConfig",
     "ring_all_reduce": "RingConfig",

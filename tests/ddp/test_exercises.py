@@ -1,50 +1,37 @@
 # ruff: noqa: E501  (the table of mistakes is one line each)
 """The exercises of ddp/: solutions pass, untouched tasks do not, and each usual mistake gets the message meant for it."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
 
+import graded
 import pytest
+from launching import ROOT
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+sys.path.insert(0, str(ROOT / "tools"))
 
 import exercises
 import grading
-import processes
-import readme_commands
-from docs_markdown import ROOT
 
 ALL = exercises.find(ROOT, "ddp")
-LABS = [exercise for exercise in ALL if exercise.name.startswith("lab_")]
-TIMEOUT_S = 90.0  # generous: a busy machine is not a hang
+LABS = [exercise for exercise in ALL if graded.is_lab(exercise)]
 
 
 @pytest.mark.parametrize("exercise", ALL, ids=lambda e: e.name)
 def test_the_solution_passes(exercise: exercises.Exercise) -> None:
-    (result,) = exercises.grade([exercise], None, TIMEOUT_S)
+    result = graded.grade_solution(exercise)
     assert result.status == grading.PASSED, result.message
 
 
 @pytest.mark.parametrize("exercise", ALL, ids=lambda e: e.name)
 def test_the_untouched_task_does_not(exercise: exercises.Exercise, tmp_path: Path) -> None:
-    exercises.write(ROOT, "ddp", [exercise], tmp_path, force=False)
-    (result,) = exercises.grade([exercise], tmp_path, TIMEOUT_S)
-    if exercise in LABS:
-        assert result.status == grading.WRONG and "hint:" in result.message
-    else:
-        assert result.status == grading.NOT_STARTED
+    graded.assert_untouched(exercise, graded.grade_task("ddp", exercise, tmp_path))
 
 
 @pytest.mark.parametrize("exercise", LABS, ids=lambda e: e.name)
 def test_a_lab_runs_green_with_a_falling_loss(exercise: exercises.Exercise, tmp_path: Path) -> None:
-    exercises.write(ROOT, "ddp", [exercise], tmp_path, force=False)
-    command = ["torchrun", "--standalone", "--nproc-per-node=2", str(tmp_path / exercise.source.name)]
-    finished = processes.run(command, 120, ROOT, readme_commands.environment(tmp_path))
-    assert finished.exit_code == 0, finished.output
-    losses = [float(loss) for loss in re.findall(r"loss ([0-9.]+)", finished.output)]
-    assert len(losses) == 5 and losses[-1] < losses[0] / 3
+    graded.assert_lab_looks_well("ddp", exercise, tmp_path)
 
 
 MISTAKES = {  # exercise, text of the solution, what to put there, what the learner must be told
@@ -79,12 +66,7 @@ MISTAKES = {  # exercise, text of the solution, what to put there, what the lear
 def test_a_mistake_gets_its_message(mistake: str, tmp_path: Path) -> None:
     name, right, wrong, told = MISTAKES[mistake]
     (exercise,) = exercises.choose(ALL, [name])
-    text = exercise.source.read_text()
-    assert text.count(right) == 1
-    (tmp_path / exercise.source.name).write_text(text.replace(right, wrong))
-    (result,) = exercises.grade([exercise], tmp_path, TIMEOUT_S)
-    assert result.status == grading.WRONG, (result.status, result.message)
-    assert told in result.message
+    graded.assert_told(graded.grade_mistake(exercise, right, wrong, tmp_path), told)
 
 
 def test_make_words_work_from_the_command_line(tmp_path: Path) -> None:
