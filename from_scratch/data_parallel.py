@@ -117,7 +117,7 @@ class OverlappedDataParallel(NaiveDataParallel):
         # In the same order on all ranks, whatever order gradients come in: messages have no names, and the first
         # all-reduce of one rank meets the first of the others. So one that is missing holds back those behind it.
         for parameters, tensor in self._messages()[len(self.works) :]:
-            if not self.ready.issuperset(parameters):
+            if not self.ready.issuperset(reversed(parameters)):  # the last is mostly the one that is missing
                 break
             self.works.append(self._average(tensor, async_op=True))
 

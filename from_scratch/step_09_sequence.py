@@ -1,0 +1,49 @@
+"""Step 9: sequence parallelism. Between the matrices, too, each rank has a part: of the positions.
+
+    torchrun --nproc-per-node=2 from_scratch/step_09_sequence.py
+
+The bytes of step 8, and 1/n of the activations that step 8 left whole.
+"""
+
+import gc
+
+import torch
+import torch.distributed as dist
+from tensor_parallel import clip_grad_norm, parallelize
+
+from common.data import TextConfig, text_datasets
+from common.data_sharding import BatchConfig, BatchPlan, Loader
+from common.optimizer import OptimizerConfig, build_optimizer
+from common.ranks import fail, join
+from common.transformer import ModelConfig, Transformer
+
+STEPS, SEED, CLIP = 12, 0, 1.0
+# Samples, positions, heads and vocabulary (256 bytes, and 8 that never come) divide by 2, 3 and 4: by as many ranks.
+BATCH, DATA = BatchConfig(global_size=24, micro_size=2), TextConfig(sequence_length=24)
+MODEL = ModelConfig(vocabulary=264, width=48, layers=4, heads=12, kv_heads=12, ffn_width=96)
+TOKENS = BATCH.global_size * DATA.sequence_length  # of one step
+
+ranks = join()
+train_set, _ = text_datasets(DATA, MODEL.vocabulary)
+loader = Loader(train_set, BatchPlan(BATCH, len(train_set), SEED), ranks.device)
+model = Transformer(MODEL, SEED).to(ranks.device, torch.float64)
+try:
+    parallelize(model, dist.group.WORLD, sequence_parallel=True)
+except ValueError as error:  # heads, neurons or vocabulary do not divide by the ranks
+    fail(str(error))
+optimizer = build_optimizer(model.parameters(), OptimizerConfig(), ranks.device)
+
+for step in range(STEPS):
+    loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    for (tokens, targets), _ in loader.micro_batches(step):
+        micro_loss_sum = model(tokens, targets)  # over its tokens
+        (micro_loss_sum / TOKENS).backward()
+        loss_sum += micro_loss_sum.detach()
+    norm = clip_grad_norm(model, CLIP, dist.group.WORLD)
+    optimizer.step()
+    optimizer.zero_grad()
+    if ranks.is_main:
+        print(f"step {step:2}  loss {loss_sum.item() / TOKENS!r}  grad norm {norm.item()!r}")
+del model, optimizer, micro_loss_sum  # they hold the process group, whose threads must end before Python does
+gc.collect()  # and each other
+ranks.leave()
