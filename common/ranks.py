@@ -5,8 +5,10 @@
 and refuses an environment that is only half set. `join` starts the process group; `Ranks.leave` ends it.
 """
 
+import atexit
 import contextlib
 import datetime
+import gc
 import json
 import os
 import shutil
@@ -287,6 +289,9 @@ def join(device: str = "auto", timeout_s: float = 600.0, network_profile: str = 
     except ValueError as error:
         fail(str(error))
     chosen = choose_device(device, place)
+    # A wrapped model and its hooks refer to each other and to the process group, whose threads must end before Python
+    # does: such circles are freed while it is still whole.
+    atexit.register(gc.collect)
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     device_id = chosen if chosen.type == "cuda" else None

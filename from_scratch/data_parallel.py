@@ -19,6 +19,7 @@ must send the same messages in the same order; one that no rank used so has a gr
 weight decay moves it. Buffers are made equal at the start, then left to each rank.
 """
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -98,8 +99,9 @@ class OverlappedDataParallel(NaiveDataParallel):
         super().__init__(module, group)
         self.ready: set[nn.Parameter] = set()
         self.works: list[dist.Work] = []  # one for each message under way; its length says which message is next
+        me = weakref.ref(self)  # a parameter's hooks are where no garbage collector looks: self would stay for ever
         for parameter in self.trainable:  # called when .grad is complete: a tied parameter's once, after its last use
-            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+            parameter.register_post_accumulate_grad_hook(lambda ready: me()._on_gradient(ready))
 
     def _on_gradient(self, parameter: nn.Parameter) -> None:
         if parameter in self.ready:

@@ -19,6 +19,7 @@ whole.
     optimizer.step()
 """
 
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -169,8 +170,9 @@ class Zero2Optimizer(Zero1Optimizer):
         self.order = list(reversed(list(zip(self.whole, self.shards, strict=True))))
         self.sent = 0
         self.under_way: tuple[dist.Work, Tensor, nn.Parameter] | None = None
+        me = weakref.ref(self)  # a parameter's hooks are where no garbage collector looks: self would stay for ever
         for parameter in self.whole:
-            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+            parameter.register_post_accumulate_grad_hook(lambda ready: me()._on_gradient(ready))
 
     def _on_gradient(self, parameter: nn.Parameter) -> None:
         if any(parameter is p for p, _ in self.order[: self.sent]):

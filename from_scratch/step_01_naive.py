@@ -5,8 +5,6 @@
 The numbers are those of step 0, with 2, 3 and 4 ranks, here and in all steps that follow.
 """
 
-import gc
-
 import torch
 import torch.distributed as dist
 from data_parallel import NaiveDataParallel
@@ -45,5 +43,4 @@ for step in range(STEPS):
     if ranks.is_main:
         print(f"step {step:2}  loss {loss_sum.item() / TOKENS!r}  grad norm {norm.item()!r}")
 del model, optimizer, micro_loss_sum  # they hold the process group, whose threads must end before Python does
-gc.collect()  # and each other
 ranks.leave()

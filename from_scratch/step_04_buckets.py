@@ -5,7 +5,6 @@
 The same bytes as in step 3, in fewer messages. This is DistributedDataParallel.
 """
 
-import gc
 from contextlib import nullcontext
 
 import torch
@@ -47,5 +46,4 @@ for step in range(STEPS):
     if ranks.is_main:
         print(f"step {step:2}  loss {loss_sum.item() / TOKENS!r}  grad norm {norm.item()!r}")
 del model, optimizer, micro_loss_sum  # they hold the process group, whose threads must end before Python does
-gc.collect()  # and each other
 ranks.leave()

@@ -5,7 +5,6 @@
 1/n of the optimizer state a rank; the parameters are gathered after the step.
 """
 
-import gc
 from contextlib import nullcontext
 
 import torch
@@ -48,5 +47,4 @@ for step in range(STEPS):
     if ranks.is_main:
         print(f"step {step:2}  loss {loss_sum.item() / TOKENS!r}  grad norm {norm.item()!r}")
 del model, optimizer, micro_loss_sum  # they hold the process group, whose threads must end before Python does
-gc.collect()  # and each other
 ranks.leave()

@@ -5,8 +5,6 @@
 1/n of everything between steps.
 """
 
-import gc
-
 import torch
 import torch.distributed as dist
 from fully_sharded import finish, fully_shard
@@ -47,5 +45,4 @@ for step in range(STEPS):
     if ranks.is_main:
         print(f"step {step:2}  loss {loss_sum.item() / TOKENS!r}  grad norm {norm.item()!r}")
 del model, block, optimizer, micro_loss_sum  # they hold the process group, whose threads must end before Python does
-gc.collect()  # and each other
 ranks.leave()

@@ -5,8 +5,6 @@
 The bytes of step 8, and 1/n of the activations that step 8 left whole.
 """
 
-import gc
-
 import torch
 import torch.distributed as dist
 from tensor_parallel import clip_grad_norm, parallelize
@@ -45,5 +43,4 @@ for step in range(STEPS):
     if ranks.is_main:
         print(f"step {step:2}  loss {loss_sum.item() / TOKENS!r}  grad norm {norm.item()!r}")
 del model, optimizer, micro_loss_sum  # they hold the process group, whose threads must end before Python does
-gc.collect()  # and each other
 ranks.leave()

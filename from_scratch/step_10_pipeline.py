@@ -5,8 +5,6 @@
 The least bytes of all; in return ranks wait for each other at both ends of a step.
 """
 
-import gc
-
 import torch
 import torch.distributed as dist
 from pipeline_parallel import Pipeline
@@ -43,5 +41,4 @@ for step in range(STEPS):
     if ranks.is_main:
         print(f"step {step:2}  loss {loss_sum.item() / TOKENS!r}  grad norm {norm.item()!r}")
 del model, groups, optimizer  # they hold the process group, whose threads must end before Python does
-gc.collect()  # and each other
 ranks.leave()

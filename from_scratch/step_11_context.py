@@ -5,8 +5,6 @@
 For sequences that no device can hold.
 """
 
-import gc
-
 import torch
 import torch.distributed as dist
 from context_parallel import parallelize_context, positions, sum_gradients
@@ -49,5 +47,4 @@ for step in range(STEPS):
     if ranks.is_main:
         print(f"step {step:2}  loss {loss_sum.item() / TOKENS!r}  grad norm {norm.item()!r}")
 del model, optimizer, micro_loss_sum  # they hold the process group, whose threads must end before Python does
-gc.collect()  # and each other
 ranks.leave()

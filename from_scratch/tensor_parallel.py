@@ -52,8 +52,8 @@ def reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
 
 
 def cut(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    """This rank's part of x along dim; nothing is sent."""
-    return _parts(x, dim, group)[group.rank()].contiguous()
+    """This rank's part of x along dim, a copy: a view would keep the whole alive. Nothing is sent."""
+    return _parts(x, dim, group)[group.rank()].clone(memory_format=torch.contiguous_format)
 
 
 def _parts(x: Tensor, dim: int, group: ProcessGroup) -> tuple[Tensor, ...]:

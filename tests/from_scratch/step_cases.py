@@ -2,10 +2,14 @@
 
 import contextlib
 import functools
+import gc
 import io
 import runpy
 import sys
+import weakref
 from pathlib import Path
+
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "from_scratch"))  # as when torchrun starts a script there
@@ -15,13 +19,26 @@ from common import data  # noqa: E402
 data._embedded_text = functools.cache(data._embedded_text)  # each script reads the same text: once is enough here
 
 
-def metered(script: str) -> str:
-    """Run a step script on this rank through step_meter.py; returns what it printed."""
-    printed = io.StringIO()
+def metered(script: str) -> tuple[str, bool]:
+    """Run a step script on this rank through step_meter.py.
+
+    Returns what it printed, and whether its process group is still there when what refers to itself is collected.
+    """
+    printed, seen, destroy = io.StringIO(), [], dist.destroy_process_group
+
+    def watch_and_destroy() -> None:
+        seen.append(weakref.ref(dist.group.WORLD))
+        destroy()
+
     sys.argv = ["step_meter.py", str(ROOT / "from_scratch" / script)]
-    with contextlib.redirect_stdout(printed):
-        runpy.run_path(str(ROOT / "from_scratch" / "step_meter.py"), run_name="__main__")
-    return printed.getvalue()
+    dist.destroy_process_group = watch_and_destroy
+    try:
+        with contextlib.redirect_stdout(printed):
+            runpy.run_path(str(ROOT / "from_scratch" / "step_meter.py"), run_name="__main__")
+    finally:
+        dist.destroy_process_group = destroy
+    gc.collect()
+    return printed.getvalue(), any(reference() is not None for reference in seen)
 
 
 metered.joins_itself = True

@@ -11,7 +11,9 @@ from launching import ROOT
 CASES = "tests/from_scratch/step_cases.py"
 STEPS = sorted(path.name for path in (ROOT / "from_scratch").glob("step_[0-9]*.py"))
 # Data parallelism and ZeRO-1 at 4 ranks are left to buckets, ZeRO-2 and FSDP; test_data_parallel.py has the rest.
-RUNS = [(script, n) for n in (2, 3, 4) for script in STEPS[1:] if n < 4 or script not in (*STEPS[1:4], STEPS[5])]
+AT_4_RANKS = [script for script in STEPS[1:] if script not in (*STEPS[1:4], STEPS[5])]
+RUNS = [(script, n) for n in (2, 3) for script in STEPS[1:]]
+RUNS += [pytest.param(script, 4, marks=pytest.mark.slow) for script in AT_4_RANKS]  # half of the time of all
 LINE = re.compile(r"step +(\d+)  loss (\S+)  grad norm (\S+)")
 METER = re.compile(
     r"rank (\d)  sent (\S+) P \((.*)\)  held, in P: parameters (\S+), gradients (\S+), optimizer state (\S+)"
@@ -28,12 +30,14 @@ NUMBER_A_TOKEN = 2 * 24 / WHOLE
 
 @pytest.fixture(scope="module")
 def outputs(group):
-    """What each rank printed: `outputs(script, ranks)`, run once."""
+    """What each rank printed: `outputs(script, ranks)`, run once, in a process group that ends with the script."""
     known = {}
 
-    def get(script: str, ranks: int) -> list[str]:
+    def get(script: str, ranks: int) -> tuple[str, ...]:
         if (script, ranks) not in known:
-            known[script, ranks] = group(ranks)(CASES, "metered", script)
+            known[script, ranks], outlived = zip(*group(ranks)(CASES, "metered", script), strict=True)
+            # What still holds it (a hook, a circle that Python cannot see) ends it too late, now and then by an abort.
+            assert not any(outlived), f"{script}: the process group is still there when the script has ended"
         return known[script, ranks]
 
     return get
@@ -138,16 +142,7 @@ def test_memory_is_that_of_the_table(outputs, script, ranks):
         "sequence": (slices, slices, 2 * slices),
     }.get(name, (1, 1, 2))
     for seen in held:
-        if name in ("tensor", "sequence"):  # parameters: see the test below
-            seen, expected = seen[1:], expected[-2:]
         assert seen == pytest.approx(expected, abs=2e-3)
-
-
-@pytest.mark.xfail(strict=True, reason="cut() along the first dimension returns a view, which keeps the whole weight")
-@pytest.mark.parametrize("script", STEPS[8:10])
-def test_slices_do_not_keep_the_whole(outputs, script):
-    for text in outputs(script, 2):
-        assert float(METER.search(text)[4]) == pytest.approx(0.5 + 0.5 * NORMS / WHOLE, abs=2e-3)
 
 
 def test_ranks_that_do_not_fit_end_in_one_line(launch):
