@@ -310,12 +310,12 @@ def join(device: str = "auto", timeout_s: float = 600.0, network_profile: str = 
             )
             dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     except (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError) as error:
-        where = f"{place.master_addr}:{place.master_port}"
+        where, reason = f"{place.master_addr}:{place.master_port}", str(error).splitlines()[0].rstrip(".")
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             fail(f"port {where} is in use by another program; set MASTER_PORT to a free one for all ranks")
         fail(
             f"rank {place.rank} of {place.world_size} could not join the others at {where} within {timeout_s:g} s: "
-            f"{str(error).splitlines()[0]}; check that all ranks were started and that this host and port are reachable"
+            f"{reason}; check that all ranks were started and that this host and port are reachable"
         )
     return Ranks(place.rank, place.world_size, place.local_rank, place.local_world_size, place.launcher, chosen)
 

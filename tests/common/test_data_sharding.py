@@ -162,6 +162,18 @@ def test_evaluation_sees_every_sample_once(samples, workers):
         assert max(map(len, parts)) - min(map(len, parts)) <= 1  # nobody waits long for another
 
 
+@pytest.mark.parametrize("samples", [1, 2, 9, 13, 24])
+def test_evaluation_with_equally_many_batches_counts_each_sample_once(samples):
+    """What is added so that all ranks have as many batches has only targets that do not count."""
+    dataset = [(torch.full((3,), i), torch.full((3,), i)) for i in range(samples)]
+    for world_size in (1, 2, 3, 4):
+        ranks = [list(evaluation_batches(dataset, 4, CPU, r, world_size, same_count=True)) for r in range(world_size)]
+        assert len({len(batches) for batches in ranks}) == 1
+        assert all(inputs.shape == targets.shape for batches in ranks for inputs, targets in batches)
+        counted = [int(t) for batches in ranks for _, targets in batches for t in targets.flatten() if t != -100]
+        assert sorted(counted) == sorted(3 * list(range(samples))), world_size
+
+
 @pytest.mark.parametrize(("batch", "samples", "world_size", "says"), [
     ((25, None), 100, 2, r"batch.global_size = 25 does not divide among 2 .* multiple of 2, such as 24"),
     ((2, None), 100, 4, r"batch.global_size = 2 does not divide among 4 .* such as 4"),

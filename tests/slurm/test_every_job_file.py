@@ -51,6 +51,8 @@ def test_it_runs(cluster, finished_run, file):
     arguments = SHORT
     if file in ("slurm/evaluate.sbatch", "slurm/report.sbatch"):
         arguments = [finished_run]
+    elif file == "benchmarks/by_hand.sbatch":
+        arguments = ["--compare", "ddp", "--turns", "2", "--steps", "1"]
     elif file.startswith("prerequisites/checks/"):
         arguments = []
     job = cluster.submit(file, *arguments)
