@@ -1,11 +1,11 @@
 """Mistakes of a user: one line, a non-zero exit on every rank, in seconds, and nothing lost."""
 
 import json
-import os
 import shutil
 
 import pytest
 from equality import SMALL
+from launching import whose_rank_1_dies
 
 CASES = "tests/ddp/cases.py"
 
@@ -113,18 +113,7 @@ def test_minimal_says_how_to_start_it(launch):
 
 def test_a_rank_that_dies_takes_the_others_with_it(launch, tmp_path):
     """One rank is killed in mid-run: torchrun ends the other one, and says which it was."""
-    script = tmp_path / "dies.py"
-    script.write_text(
-        "import os, runpy, signal, sys\n"
-        "from common.run import Run\n"
-        "log = Run.log\n"
-        "def log_or_die(self, step, *rest):\n"
-        "    if step == 3 and self.ranks.rank == 1:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    log(self, step, *rest)\n"
-        "Run.log = log_or_die\n"
-        f"runpy.run_path({os.path.abspath('ddp/train.py')!r}, run_name='__main__')\n"
-    )
+    script = whose_rank_1_dies("ddp/train.py", tmp_path)
     result = launch(script, *SMALL, "--train.steps", "4000", check=False, timeout=100)
     assert result.returncode != 0
     assert "Root Cause" in result.stderr

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from equality import SMALL, assert_same_training, read_rows
-from launching import ROOT, clean_environment, free_port
+from launching import ROOT, clean_environment, free_port, whose_rank_1_dies
 
 CASES, SCRIPT = "tests/ddp/cases.py", "from_scratch/train.py"
 STEPS = 20
@@ -144,19 +144,7 @@ def test_three_dimensions(launch, reference, tmp_path):
 @pytest.mark.parametrize("strategy", ["bucket", "zero2", "fsdp", "tensor", "pipeline", "context"])
 def test_a_killed_rank_does_not_leave_the_others_waiting(tmp_path, strategy):
     """Nobody but the network tells the others (no torchrun): they end by themselves, long before the time-out."""
-    script = tmp_path / "dies.py"
-    script.write_text(
-        "import os, runpy, signal, sys\n"
-        f"sys.path.insert(0, {str(ROOT / 'from_scratch')!r})\n"
-        "from common.run import Run\n"
-        "log = Run.log\n"
-        "def log_or_die(self, step, *rest):\n"
-        "    if step == 3 and self.ranks.rank == 1:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    log(self, step, *rest)\n"
-        "Run.log = log_or_die\n"
-        f"runpy.run_path({str(ROOT / SCRIPT)!r}, run_name='__main__')\n"
-    )
+    script = whose_rank_1_dies(SCRIPT, tmp_path)
     options = arguments(tmp_path / "runs", "many", "--strategy", strategy, "--train.steps", "4000", "--timeout_s", "60")
     port = str(free_port())
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}

@@ -45,6 +45,24 @@ def kill_tree(process: subprocess.Popen) -> None:
     psutil.wait_procs(family, timeout=10)
 
 
+def whose_rank_1_dies(script: str, folder: Path) -> Path:
+    """A script that runs `script`, and kills rank 1 after three steps."""
+    path = ROOT / script
+    (folder / "dies.py").write_text(
+        "import os, runpy, signal, sys\n"
+        f"sys.path.insert(0, {str(path.parent)!r})\n"
+        "from common.run import Run\n"
+        "log = Run.log\n"
+        "def log_or_die(self, step, *rest):\n"
+        "    if step == 3 and self.ranks.rank == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    log(self, step, *rest)\n"
+        "Run.log = log_or_die\n"
+        f"runpy.run_path({str(path)!r}, run_name='__main__')\n"
+    )
+    return folder / "dies.py"
+
+
 def run_command(command: list[str], timeout: float = 120, check: bool = True, **environment: str):
     """Run a command from the repository root; at the timeout it and its descendants are killed."""
     process = subprocess.Popen(

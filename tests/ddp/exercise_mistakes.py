@@ -1,38 +1,5 @@
-# ruff: noqa: E501  (the table of mistakes is one line each)
-"""The exercises of ddp/: solutions pass, untouched tasks do not, and each usual mistake gets the message meant for it."""
-
-import subprocess
-import sys
-from pathlib import Path
-
-import graded
-import pytest
-from launching import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
-
-import exercises
-import grading
-
-ALL = exercises.find(ROOT, "ddp")
-LABS = [exercise for exercise in ALL if graded.is_lab(exercise)]
-
-
-@pytest.mark.parametrize("exercise", ALL, ids=lambda e: e.name)
-def test_the_solution_passes(exercise: exercises.Exercise) -> None:
-    result = graded.grade_solution(exercise)
-    assert result.status == grading.PASSED, result.message
-
-
-@pytest.mark.parametrize("exercise", ALL, ids=lambda e: e.name)
-def test_the_untouched_task_does_not(exercise: exercises.Exercise, tmp_path: Path) -> None:
-    graded.assert_untouched(exercise, graded.grade_task("ddp", exercise, tmp_path))
-
-
-@pytest.mark.parametrize("exercise", LABS, ids=lambda e: e.name)
-def test_a_lab_runs_green_with_a_falling_loss(exercise: exercises.Exercise, tmp_path: Path) -> None:
-    graded.assert_lab_looks_well("ddp", exercise, tmp_path)
-
+# ruff: noqa: E501  (one line each)
+"""Usual mistakes in the exercises of ddp/, for tests/docs/test_every_exercise.py: each must get its own message."""
 
 MISTAKES = {  # exercise, text of the solution, what to put there, what the learner must be told
     "stride": ("shard_the_data", "range(first, first + share)", "range(step * global_size + rank, (step + 1) * global_size, world_size)", "another order"),
@@ -60,18 +27,3 @@ MISTAKES = {  # exercise, text of the solution, what to put there, what the lear
     "every micro-batch": ("lab_overlap_by_hand", "        if is_last:\n", "        if True:\n", "hint"),
     "sum not mean": ("lab_overlap_by_hand", "            parameter.grad /= world_size\n", "", "away from the training of one process"),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_gets_its_message(mistake: str, tmp_path: Path) -> None:
-    name, right, wrong, told = MISTAKES[mistake]
-    (exercise,) = exercises.choose(ALL, [name])
-    graded.assert_told(graded.grade_mistake(exercise, right, wrong, tmp_path), told)
-
-
-def test_make_words_work_from_the_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools" / "exercises.py")]
-    options = ["ddp", "shard_the_data", "--tasks", str(tmp_path)]
-    for run, code, words in (("write", 0, "wrote"), ("grade", 1, "not started")):
-        finished = subprocess.run([*command, run, *options], capture_output=True, text=True)
-        assert finished.returncode == code and words in finished.stdout, finished.stderr

@@ -1,56 +1,5 @@
-# ruff: noqa: E501  (the table of mistakes is one line each)
-"""The exercises of collectives/: solutions pass, untouched tasks do not, each usual mistake gets the message meant for it."""
-
-import re
-import sys
-from pathlib import Path
-
-import graded
-import pytest
-from launching import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
-
-import exercises
-import grading
-
-ALL = exercises.find(ROOT, "collectives")
-LABS = [exercise for exercise in ALL if graded.is_lab(exercise)]
-HANG_S = 10.0  # the ranks stand still after half a second; no longer, because the test waits all that time
-
-
-@pytest.mark.parametrize("exercise", ALL, ids=lambda e: e.name)
-def test_the_solution_passes(exercise: exercises.Exercise) -> None:
-    result = graded.grade_solution(exercise)
-    assert result.status == grading.PASSED, result.message
-
-
-@pytest.mark.parametrize("exercise", [e for e in ALL if e.name != "lab_deadlock"], ids=lambda e: e.name)
-def test_the_untouched_task_does_not(exercise: exercises.Exercise, tmp_path: Path) -> None:
-    graded.assert_untouched(exercise, graded.grade_task("collectives", exercise, tmp_path))
-
-
-@pytest.mark.parametrize("exercise", LABS, ids=lambda e: e.name)
-def test_a_lab_runs_green_with_a_falling_loss(exercise: exercises.Exercise, tmp_path: Path) -> None:
-    graded.assert_lab_looks_well("collectives", exercise, tmp_path)
-
-
-def test_the_untouched_deadlock_hangs(tmp_path: Path) -> None:
-    (lab,) = exercises.choose(ALL, ["lab_deadlock"])
-    result = graded.grade_task("collectives", lab, tmp_path, HANG_S)
-    assert (result.status, result.world_size) == (grading.HANGS, 2), result.message
-    assert "(sum_over_ranks)" in result.message and "(all_agree)" in result.message  # one rank here, one there
-
-
-def test_the_other_deadlock_hangs_when_the_first_is_repaired(tmp_path: Path) -> None:
-    (lab,) = exercises.choose(ALL, ["lab_deadlock"])
-    repaired = "        if all_agree(loss.item() < target):\n            break\n"
-    (fault,) = re.findall(r"        # task: (if .*)\n", lab.source.read_text())
-    (tmp_path / lab.source.name).write_text(lab.task.replace(f"        {fault}\n            break\n", repaired))
-    (result,) = exercises.grade([lab], tmp_path, HANG_S)
-    assert (result.status, result.world_size) == (grading.HANGS, 3), result.message
-    assert result.message.count("(sum_over_ranks)") == 3  # all in a circle
-
+# ruff: noqa: E501  (one line each)
+"""Usual mistakes in the exercises of collectives/, for tests/docs/test_every_exercise.py: each must get its own message."""
 
 MISTAKES = {  # exercise, text of the solution, what to put there, what the learner must be told
     "root to each": ("tree_broadcast", "    have = 1 ", "    for peer in range(1, n):\n        if number == 0:\n            dist.send(tensor, (peer + root) % n)\n        elif number == peer:\n            dist.recv(tensor, root)\n    have = n ", "takes 3 rounds"),
@@ -77,10 +26,3 @@ MISTAKES = {  # exercise, text of the solution, what to put there, what the lear
     "no sample": ("lab_wrong_mean", "    dist.all_reduce(total)\n", "    total = total / total[2] * total[2] / len(kinds)\n    dist.all_reduce(total)\n", "0/0"),
     "rank alone": ("lab_wrong_mean", "    dist.all_reduce(total)\n", "", "as in one process"),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_gets_its_message(mistake: str, tmp_path: Path) -> None:
-    name, right, wrong, told = MISTAKES[mistake]
-    (exercise,) = exercises.choose(ALL, [name])
-    graded.assert_told(graded.grade_mistake(exercise, right, wrong, tmp_path), told)

@@ -1,37 +1,5 @@
-# ruff: noqa: E501  (the table of mistakes is one line each)
-"""The exercises of from_scratch/: solutions pass, untouched tasks do not, each usual mistake gets the message meant for it."""
-
-import sys
-from pathlib import Path
-
-import graded
-import pytest
-from launching import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
-
-import exercises
-import grading
-
-ALL = exercises.find(ROOT, "from_scratch")
-LABS = [exercise for exercise in ALL if graded.is_lab(exercise)]
-
-
-@pytest.mark.parametrize("exercise", ALL, ids=lambda e: e.name)
-def test_the_solution_passes(exercise: exercises.Exercise) -> None:
-    result = graded.grade_solution(exercise)
-    assert result.status == grading.PASSED, result.message
-
-
-@pytest.mark.parametrize("exercise", ALL, ids=lambda e: e.name)
-def test_the_untouched_task_does_not(exercise: exercises.Exercise, tmp_path: Path) -> None:
-    graded.assert_untouched(exercise, graded.grade_task("from_scratch", exercise, tmp_path))
-
-
-@pytest.mark.parametrize("exercise", LABS, ids=lambda e: e.name)
-def test_a_lab_runs_green_with_a_falling_loss(exercise: exercises.Exercise, tmp_path: Path) -> None:
-    graded.assert_lab_looks_well("from_scratch", exercise, tmp_path)
-
+# ruff: noqa: E501  (one line each)
+"""Usual mistakes in the exercises of from_scratch/, for tests/docs/test_every_exercise.py: each must get its own message."""
 
 MISTAKES = {  # exercise, text of the solution, what to put there, what the learner must be told
     "both backwards": ("copy_and_reduce", "        return gradient\n", "        return CopyToRanks.backward(ctx, gradient)\n", "all gradients are 2 times too large"),
@@ -73,10 +41,3 @@ MISTAKES = {  # exercise, text of the solution, what to put there, what the lear
     "no zeros": ("lab_drifting_replicas", "optimizer.zero_grad(set_to_none=False)", "pass", "at the start of a step"),
     "one by one": ("lab_drifting_replicas", "        works.pop().wait()\n", "        works.pop().wait()\n        dist.all_reduce(flat.clone())\n", "one a step"),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_gets_its_message(mistake: str, tmp_path: Path) -> None:
-    name, right, wrong, told = MISTAKES[mistake]
-    (exercise,) = exercises.choose(ALL, [name])
-    graded.assert_told(graded.grade_mistake(exercise, right, wrong, tmp_path), told)
