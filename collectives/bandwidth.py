@@ -88,8 +88,8 @@ class Message:
 def send_to_next(m: Message) -> None:
     """Around the ring: every rank sends to the next one while it receives from the one before."""
     requests = [
+        dist.P2POp(dist.irecv, m.receive, group=m.group, group_peer=(m.rank - 1) % m.n),  # first: ring_all_reduce.py
         dist.P2POp(dist.isend, m.send, group=m.group, group_peer=(m.rank + 1) % m.n),
-        dist.P2POp(dist.irecv, m.receive, group=m.group, group_peer=(m.rank - 1) % m.n),
     ]
     for request in dist.batch_isend_irecv(requests):
         request.wait()

@@ -40,7 +40,7 @@ def send_around(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
     received = torch.empty_like(x)
     sending = dist.P2POp(dist.isend, x, group=group, group_peer=(group.rank() + 1) % group.size())
     receiving = dist.P2POp(dist.irecv, received, group=group, group_peer=(group.rank() - 1) % group.size())
-    requests = dist.batch_isend_irecv([sending, receiving])
+    requests = dist.batch_isend_irecv([receiving, sending])  # in this order: see collectives/ring_all_reduce.py
 
     def arrived() -> Tensor:
         for request in requests:
