@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from reporting import attempt, say
+from reporting import attempt, impatient_group, say
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from common.config import parse
@@ -30,14 +30,14 @@ class LateConfig:
 def main(config: LateConfig) -> None:
     if not (config.timeout_s > 0 and 0 <= config.late_s <= 10):
         fail(f"timeout_s = {config.timeout_s} and late_s = {config.late_s}; allowed: above 0, and 0 to 10")
-    ranks = join("cpu", timeout_s=config.timeout_s)
+    ranks = join("cpu", timeout_s=60)
     if ranks.world_size < 2:
         fail("one process is never late; start several with torchrun --nproc-per-node=2")
-    ranks.barrier()  # connections are made with the first collective; that is not what is late here
+    group = impatient_group(config.timeout_s)
     if ranks.rank == ranks.world_size - 1:
         time.sleep(config.late_s)
     ones = torch.ones(1000)
-    attempt(ranks.rank, lambda: dist.all_reduce(ones))
+    attempt(ranks.rank, lambda: dist.all_reduce(ones, group=group))
     say(ranks.rank, f"all have come: {ones[0].item():.0f} ranks")
     attempt(ranks.rank, ranks.leave)
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from reporting import attempt, say
+from reporting import attempt, impatient_group, say
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from common.config import parse
@@ -26,19 +26,20 @@ class MismatchConfig:
 
 @record
 def main(config: MismatchConfig) -> None:
-    ranks = join("cpu", timeout_s=3)
+    ranks = join("cpu", timeout_s=60)
     if ranks.world_size < 2:
         fail("one process cannot disagree with itself; start several with torchrun --nproc-per-node=2")
+    group = impatient_group(3)
     odd = ranks.rank == ranks.world_size - 1
     tensor = torch.ones(8 if odd and config.what == "shape" else 4)
     if odd and config.what == "dtype":
         tensor = tensor.int()
     if odd and config.what == "operation":
-        attempt(ranks.rank, lambda: dist.all_reduce(tensor, dist.ReduceOp.MAX))
+        attempt(ranks.rank, lambda: dist.all_reduce(tensor, dist.ReduceOp.MAX, group))
     elif odd and config.what == "collective":
-        attempt(ranks.rank, lambda: dist.broadcast(tensor, src=0))
+        attempt(ranks.rank, lambda: dist.broadcast(tensor, src=0, group=group))
     else:
-        attempt(ranks.rank, lambda: dist.all_reduce(tensor))
+        attempt(ranks.rank, lambda: dist.all_reduce(tensor, group=group))
     say(ranks.rank, f"no error, and the sum of {ranks.world_size} ones is {tensor.tolist()}")
     attempt(ranks.rank, ranks.leave)
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from reporting import attempt, say
+from reporting import attempt, impatient_group, say
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from common.config import parse
@@ -78,11 +78,11 @@ def main(config: MissingConfig) -> None:
         fail("the flight recorder is off: TORCH_FR_BUFFER_SIZE is not set or 0; set it to 2000 before the start")
     if config.tool == "py_spy" and not shutil.which("py-spy"):
         fail("found no command py-spy; expected it in PATH; install it with pip install py-spy")
-    ranks = join("cpu", timeout_s=PATIENCE_S)
+    ranks = join("cpu", timeout_s=60)
     if ranks.world_size < 2:
         fail("one process misses nobody; start several with torchrun --nproc-per-node=2")
-    gradients = torch.ones(1000)
-    dist.all_reduce(gradients)  # all come to this one
+    gradients, group = torch.ones(1000), impatient_group(PATIENCE_S)
+    dist.all_reduce(gradients, group=group)  # all come to this one
     pids = ranks.all_gather(os.getpid())
 
     if ranks.rank == ranks.world_size - 1:
@@ -92,7 +92,8 @@ def main(config: MissingConfig) -> None:
         evaluate_alone()
         return
     if config.tool == "py_spy":
-        work = dist.all_reduce(gradients, async_op=True)  # so that this rank can look around while it waits
+        # Asynchronous, so that this rank can look around while it waits.
+        work = dist.all_reduce(gradients, group=group, async_op=True)
         time.sleep(0.5)
         if ranks.is_main:
             tell_stack(ranks.world_size - 1, pids[-1])
@@ -101,12 +102,12 @@ def main(config: MissingConfig) -> None:
         attempt(ranks.rank, monitored_barrier)
     elif config.tool == "flight_recorder":
         try:
-            dist.all_reduce(gradients)
+            dist.all_reduce(gradients, group=group)
         except RuntimeError:
             tell_recorded(ranks)
-            attempt(ranks.rank, lambda: dist.all_reduce(gradients))
+            attempt(ranks.rank, lambda: dist.all_reduce(gradients, group=group))
     else:
-        attempt(ranks.rank, lambda: dist.all_reduce(gradients))
+        attempt(ranks.rank, lambda: dist.all_reduce(gradients, group=group))
 
 
 if __name__ == "__main__":

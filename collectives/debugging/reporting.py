@@ -1,9 +1,18 @@
 """How the programs of this folder end: every rank says what it was told, and none waits for the others."""
 
+import datetime
 import os
 import sys
 import time
 from collections.abc import Callable
+
+import torch.distributed as dist
+
+
+def impatient_group(seconds: float) -> dist.ProcessGroup:
+    """All ranks, with this timeout for each collective; joining may take longer, on a busy machine by some seconds."""
+    dist.barrier()  # connections are made with the first collective
+    return dist.new_group(timeout=datetime.timedelta(seconds=seconds))
 
 
 def say(who: object, text: str) -> None:
