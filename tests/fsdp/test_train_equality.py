@@ -18,7 +18,7 @@ def arguments(folder, name, *more):
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_fp64_is_the_proof(group, single_device, tmp_path, ranks, accumulation):
     """3 does not divide the width: the last shard is padded. Tied where gradients accumulate, the harder case."""
     model = ["--model.tied", "true"] if accumulation > 1 else []

@@ -1,0 +1,309 @@
+"""What a rank holds, and when: parameters, gradients and optimizer state at named moments of one training step.
+
+    torchrun --nproc-per-node=2 fsdp/basics.py                             # some ten seconds on a laptop
+    torchrun --nproc-per-node=8 fsdp/basics.py --model.preset llama_1b --data.sequence_length 2048     # eight GPUs
+
+FULL_SHARD (`fsdp.reshard_after_forward` true) and SHARD_GRAD_OP (false) take the same step side by side. Bytes are
+those of the memory behind the tensors: a whole parameter stays as an object when it is freed, with 0 bytes behind it.
+Below the table stands the formula that predicts it. The exit code is 1 if one byte, or one collective, is another.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from settings import FsdpConfig, ShardedConfig, describe, mesh_and_settings
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from train import initialise
+
+from common.config import parse
+from common.data import TextConfig
+from common.data_sharding import derive_seed
+from common.optimizer import OptimizerConfig, build_optimizer
+from common.ranks import Ranks, fail, join
+from common.transformer import ModelConfig, Transformer
+
+STRATEGIES = {"FULL_SHARD": True, "SHARD_GRAD_OP": False}
+QUANTITIES = ("parameter shards", "whole parameters", "gradient shards", "whole gradients", "AdamW state")
+IN_TRANSIT = "in transit"
+# What torch.distributed calls underneath, and which of its arguments is the whole, flat end: an output, an input, none.
+COLLECTIVES = {
+    "c10d::_allgather_base_": ("all-gathers", 0),
+    "c10d::_reduce_scatter_base_": ("reduce-scatters", 1),
+    "c10d::allreduce_": ("all-reduces", None),
+}
+
+Held = dict[str, int]  # quantity -> bytes
+
+
+@dataclass
+class Sharding:
+    replicate: int = 1
+    """Copies of the model; ranks / replicate share one (above 1: HYBRID_SHARD)."""
+    reshard_after_forward: Literal["true", "false", "both"] = "both"
+    """true: FULL_SHARD alone; false: SHARD_GRAD_OP alone; both: side by side."""
+
+
+@dataclass
+class RandomText:
+    sequence_length: int = 64
+    """Random tokens per sample: neither their meaning nor their number changes the bytes that are counted here."""
+
+
+@dataclass
+class BasicsConfig:
+    fsdp: Sharding = field(default_factory=Sharding)
+    data: RandomText = field(default_factory=RandomText)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    seed: int = 1234
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        self.settings(True)
+
+    def settings(self, reshard: bool) -> ShardedConfig:
+        """The settings of fsdp/train.py for one strategy. ValueError: the sequence is too long for the model."""
+        text = TextConfig(sequence_length=self.data.sequence_length)
+        options = FsdpConfig(replicate=self.fsdp.replicate, reshard_after_forward=reshard)
+        return ShardedConfig(seed=self.seed, data=text, model=self.model, fsdp=options)
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of memory behind the tensors; views of one storage count once, a freed storage has none."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class Collectives(TorchDispatchMode):
+    """Counts collectives, and knows how many bytes of their flat, whole ends are still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.buffers: list[tuple[StorageWeakRef, int]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if found := COLLECTIVES.get(function.name()):
+            name, position = found
+            self.counts[name] += 1
+            if position is not None:
+                storage = args[position].untyped_storage()
+                self.buffers.append((StorageWeakRef(storage), storage.nbytes()))
+        return function(*args, **(kwargs or {}))
+
+    def bytes_in_transit(self) -> int:
+        return sum(nbytes for storage, nbytes in self.buffers if not storage.expired())
+
+
+class Meter:
+    """Notes what this rank holds whenever it is told, or whenever a block of the model computes."""
+
+    def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+        self.shards, self.optimizer = list(model.parameters()), optimizer
+        self.collectives = Collectives()
+        self.whole: set[torch.nn.Parameter] = set()  # as the units show them while they are gathered
+        self.hooked: set[torch.nn.Parameter] = set()
+        self.moments: dict[str, Held] = {}
+        self.is_on = False
+        numbers = list(model.blocks)
+        self.watched = {model.blocks[n]: n for n in (numbers[0], numbers[-1])}
+        # FSDP's own hooks gather before these are called: they see whole parameters.
+        for unit in (model, *model.blocks.values()):
+            unit.register_forward_pre_hook(self._unit_is_whole)
+
+    def _unit_is_whole(self, unit: torch.nn.Module, _: object) -> None:
+        self.whole |= {p for p in unit.parameters() if not isinstance(p, DTensor)}
+        if unit in self.watched:
+            name = self.watched[unit]
+            self.note(f"forward, in block {name}")
+            # Backward ends a block with its first norm: all of the block's gradients are there, and none is sent yet.
+            if (last := unit.attention_norm.weight) not in self.hooked:
+                self.hooked.add(last)
+                last.register_post_accumulate_grad_hook(lambda _: self.note(f"backward, in block {name}"))
+
+    def note(self, moment: str) -> None:
+        if not self.is_on:
+            return
+        state = (value for entries in self.optimizer.state.values() for value in entries.values())
+        self.moments[moment] = {
+            "parameter shards": storage_bytes(local(p) for p in self.shards),
+            "whole parameters": storage_bytes(self.whole),
+            "gradient shards": storage_bytes(local(p.grad) for p in self.shards if p.grad is not None),
+            "whole gradients": storage_bytes(p.grad for p in self.whole if p.grad is not None),
+            "AdamW state": storage_bytes(local(value) for value in state if value.dim()),  # not the step counters
+            IN_TRANSIT: self.collectives.bytes_in_transit(),
+        }
+
+
+@record
+def main(config: BasicsConfig) -> None:
+    ranks = join(config.device)
+    if ranks.world_size < 2:
+        fail("one process has nobody to share with; use torchrun --nproc-per-node=2 fsdp/basics.py")
+    wanted = config.fsdp.reshard_after_forward
+    strategies = {n: reshard for n, reshard in STRATEGIES.items() if wanted in ("both", str(reshard).lower())}
+    held, collectives, wrong = {}, {}, []
+    for name, reshard in strategies.items():
+        meter, model = one_step(config.settings(reshard), ranks)
+        expected, counts = predict(model, reshard, config.fsdp.replicate, ranks)
+        held[name], collectives[name] = meter.moments, meter.collectives.counts
+        for moment, quantities in expected.items():
+            for quantity, nbytes in quantities.items():
+                if (found := meter.moments[moment][quantity]) != nbytes:
+                    wrong.append(f"{name}, {moment}: {found:,} bytes of {quantity}, not {nbytes:,}")
+        if collectives[name] != counts:
+            wrong.append(f"{name}: {dict(collectives[name])}, not {dict(counts)}")
+        say(ranks, f"{name + ':':15}{describe(model)}")
+    print_table(held, ranks)
+    print_formulas(model, collectives, ranks.world_size // config.fsdp.replicate, ranks)
+    problems = [f"[rank {rank}] {line}" for rank, lines in enumerate(ranks.all_gather(wrong)) for line in lines]
+    del model, meter  # they hold the process group, whose threads must end before Python does
+    ranks.leave()
+    if problems:
+        raise SystemExit(f"error: not what the formula says: {'; '.join(problems)}")
+    say(ranks, "\nEvery byte and every collective is as the formula says, on all ranks.")
+
+
+def one_step(settings: ShardedConfig, ranks: Ranks) -> tuple[Meter, Transformer]:
+    """Shard a model as fsdp/train.py does, take one step unseen, so that there is optimizer state, and one metered."""
+    with torch.device("meta"):
+        model = Transformer(settings.model)
+    _, options = mesh_and_settings(settings, ranks)
+    for block in model.blocks.values():
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    model.to_empty(device=ranks.device)
+    initialise(model, settings)
+    optimizer = build_optimizer(model.parameters(), OptimizerConfig(), ranks.device)
+    meter = Meter(model, optimizer)
+    meter.is_on = True
+    meter.note("after sharding")
+    meter.is_on = False
+
+    generator = torch.Generator().manual_seed(derive_seed(settings.seed, ranks.rank))
+    shape = (1, settings.data.sequence_length + 1)
+    text = torch.randint(settings.model.vocabulary, shape, generator=generator).to(ranks.device)
+    for metered in (False, True):
+        meter.is_on = metered
+        meter.collectives = Collectives()
+        with meter.collectives:
+            meter.note("before the forward")
+            loss = model(text[:, :-1], text[:, 1:])
+            meter.note("after the forward")
+            loss.backward()
+            meter.note("after backward")
+        optimizer.step()
+        meter.note("after the step")
+        optimizer.zero_grad()
+        meter.note("after zero_grad")
+    return meter, model
+
+
+def predict(model: Transformer, reshard: bool, copies: int, ranks: Ranks) -> tuple[dict[str, Held], Counter[str]]:
+    """The formula: bytes by moment and quantity on this rank (in transit excepted), and collectives of a step."""
+    n = ranks.world_size // copies
+    blocks = [list(block.parameters()) for block in model.blocks.values()]
+    of_blocks = {parameter for block in blocks for parameter in block}
+    root = [parameter for parameter in model.parameters() if parameter not in of_blocks]
+    # The embedding's gradient is the last; tied, it waits inside autograd for its part from there, and is not counted.
+    early = [parameter for parameter in root if parameter is not model.embedding.weight]
+
+    def shard(parameters: list[DTensor]) -> int:
+        """Of n ranks each allocates the rows of a parameter divided by n, rounded up: the last ranks' are padding."""
+        return sum(rounded_up(p, n) for p in parameters)
+
+    def whole(parameters: list[DTensor]) -> int:
+        return shard(parameters) * n  # padding included: it is gathered too
+
+    def exact(parameters: list[DTensor]) -> int:
+        return sum(p.numel() * p.element_size() for p in parameters)
+
+    mine = sum(p.to_local().numel() * p.element_size() for p in model.parameters())  # no padding: 0 rows on some ranks
+    everything = [*root, *(p for block in blocks for p in block)]
+    last = len(blocks) - 1
+    names = list(model.blocks)
+
+    def held(whole_parameters: int, gradient_shards: int, whole_gradients: int, state: int = 2 * mine) -> Held:
+        values = shard(everything), whole_parameters, gradient_shards, whole_gradients, state
+        return dict(zip(QUANTITIES, values, strict=True))
+
+    def up_to(number: int) -> int:
+        """Whole parameters while block `number` computes: SHARD_GRAD_OP keeps those before it for backward."""
+        return whole(root) + sum(whole(block) for block in blocks[number if reshard else 0 : number + 1])
+
+    moments = {"after sharding": held(0, 0, 0, state=0), "before the forward": held(0, 0, 0)}
+    for number in (0, last):
+        moments[f"forward, in block {names[number]}"] = held(up_to(number), 0, 0)
+    moments["after the forward"] = held(whole(root) if reshard else up_to(last), 0, 0)
+    for number in (last, 0):
+        sent = sum(shard(block) for block in blocks[number + 1 :])
+        computed = exact(early) + exact(blocks[number])  # the root's wait for the embedding's, the last of all
+        moments[f"backward, in block {names[number]}"] = held(up_to(number), sent, computed)
+    for moment in ("after backward", "after the step"):
+        moments[moment] = held(0, shard(everything), 0)
+    moments["after zero_grad"] = held(0, 0, 0)
+    gathers = 1 + (2 if reshard else 1) * len(blocks)  # the root stays whole from its forward to its backward
+    counts = Counter({"all-gathers": gathers, "reduce-scatters": 1 + len(blocks)})
+    if copies > 1:
+        counts["all-reduces"] = 1 + len(blocks)  # of gradient shards, among the copies
+    return moments, counts
+
+
+def rounded_up(parameter: DTensor, n: int) -> int:
+    """Bytes of a shard with its padding."""
+    rows, *rest = parameter.shape
+    return -(-rows // n) * math.prod(rest) * parameter.element_size()
+
+
+def print_table(held: dict[str, dict[str, Held]], ranks: Ranks) -> None:
+    """Rows are moments; a quantity that is the same in both strategies has one column."""
+    columns = []
+    for quantity in (*QUANTITIES, IN_TRANSIT):
+        each = {name: [row[quantity] for row in moments.values()] for name, moments in held.items()}
+        same = len({tuple(values) for values in each.values()}) == 1
+        columns += [(quantity, "", next(iter(each.values())))] if same else [(quantity, n, v) for n, v in each.items()]
+    say(ranks, f"\nbytes on rank 0 of {ranks.world_size}")
+    headings = [(*quantity.split(" "), strategy) for quantity, strategy, _ in columns]
+    for line in zip(*headings, strict=True):
+        say(ranks, f"{'':20}" + "".join(f"{word:>14}" for word in line))
+    for row, moment in enumerate(next(iter(held.values()))):
+        say(ranks, f"{moment:20}" + "".join(f"{values[row]:>14,}" for _, _, values in columns))
+
+
+def print_formulas(model: Transformer, collectives: dict[str, Counter[str]], n: int, ranks: Ranks) -> None:
+    """The terms of `predict` in numbers."""
+    parameters = list(model.parameters())
+    whole = sum(p.numel() * p.element_size() for p in parameters)
+    blocks = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in model.blocks.values()]
+    rounded = sum(rounded_up(p, n) for p in parameters)
+    say(ranks, f"\nP, all parameters {whole:,}; P/n {whole / n:,.0f}, with rows rounded up {rounded:,}")
+    say(ranks, f"B, largest block {max(blocks):,}; R, the root's (embedding, norm, head) {whole - sum(blocks):,}")
+    say(ranks, "FULL_SHARD: 16 bytes a parameter / n, and at most R + B whole; SHARD_GRAD_OP: P whole")
+    for name, counts in collectives.items():
+        passes = "1 + 2" if STRATEGIES[name] else "1 + 1"
+        say(
+            ranks,
+            f"{name}: {counts['all-gathers']} all-gathers ({passes} × {len(blocks)} blocks), "
+            f"{counts['reduce-scatters']} reduce-scatters (1 + {len(blocks)}), {counts['all-reduces']} all-reduces",
+        )
+
+
+def say(ranks: Ranks, line: str) -> None:
+    if ranks.is_main:
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main(parse(BasicsConfig))

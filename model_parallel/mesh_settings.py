@@ -1,0 +1,86 @@
+"""The settings of tensor and pipeline parallelism, and what of them cannot work, said before anything is built."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from common.config import Config
+from common.ranks import Ranks, fail
+
+
+@dataclass
+class MeshConfig:
+    """Ranks along each axis of the mesh."""
+
+    dp: int = 1
+    """Data parallel: different samples, and shards of each slice (FSDP)."""
+    tp: int | None = None
+    """Tensor parallel: the same samples, and slices of each weight; null: all ranks that dp leaves."""
+
+
+@dataclass
+class TensorConfig(Config):
+    """The common settings, and those of tensor parallelism."""
+
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    sequence_parallel: bool = True
+    """Cut activations between the layers, too, along the sequence; false: every tensor rank has them whole."""
+
+
+@dataclass
+class PipelineConfig(Config):
+    """The common settings, and those of pipeline parallelism. The micro-batches are batch.micro_size samples each."""
+
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    """The order of forwards and backwards; zero_bubble computes gradients of inputs and of weights apart."""
+    stages_per_rank: int | None = None
+    """null: 1 for gpipe and 1f1b, which know no other, and 2 for interleaved and zero_bubble."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        looped = self.schedule in ("interleaved", "zero_bubble")
+        if self.stages_per_rank is None:
+            self.stages_per_rank = 2 if looped else 1
+        if self.stages_per_rank < 1 or (not looped and self.stages_per_rank > 1):
+            found = f"stages_per_rank = {self.stages_per_rank} with schedule = {self.schedule}"
+            raise ValueError(f"{found}; expected 1, or more with interleaved and zero_bubble; leave it out")
+        if self.train.precision == "fp16" or self.train.compile:
+            found = f"train.precision = {self.train.precision}, train.compile = {self.train.compile}"
+            raise ValueError(f"{found}; expected fp32, bf16 or fp64, not compiled; ddp/train.py has fp16 and compile")
+
+
+def tensor_mesh(config: TensorConfig, ranks: Ranks) -> DeviceMesh:
+    """The mesh (dp, tp); neighbours are tensor ranks, which talk most. SystemExit: something does not divide."""
+    dp, tp, world = config.mesh.dp, config.mesh.tp, ranks.world_size
+    if tp is None and dp > 0 and world % dp == 0:
+        tp = world // dp
+    if tp is None or min(dp, tp) < 1 or dp * tp != world:
+        fail(f"mesh.dp = {dp}, mesh.tp = {tp} with {world} ranks; expected a product of {world}; change one of them")
+    model = config.model
+    if model.experts:
+        fail(f"model.experts = {model.experts}; expected dense layers for this tensor parallelism; set it to 0")
+    sizes = {f"model.{name}": getattr(model, name) for name in ("heads", "kv_heads", "ffn_width", "vocabulary")}
+    if config.sequence_parallel:
+        sizes["data.sequence_length"] = config.data.sequence_length
+    for name, size in sizes.items():
+        if size % tp:
+            found = f"{name} = {size}, which does not divide among {tp} tensor ranks"
+            fail(f"{found}; expected a multiple of {tp}; change it, or mesh.tp")
+    return init_device_mesh(ranks.device.type, (dp, tp), mesh_dim_names=("dp", "tp"))
+
+
+def data_parallel_settings(config: TensorConfig, mesh: DeviceMesh) -> dict[str, Any]:
+    """The arguments of every `fully_shard`, as in fsdp/: low precision to compute with, fp32 for shards and sums."""
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
+    policy = MixedPrecisionPolicy(low, low and torch.float32, cast_forward_inputs=False)
+    return {"mesh": mesh["dp"], "mp_policy": policy}
+
+
+def describe(model: torch.nn.Module) -> str:
+    """One line: how much of the model is on this rank."""
+    parameters = list(model.parameters())
+    whole, mine = sum(p.nbytes for p in parameters), sum(p.to_local().nbytes for p in parameters)
+    return f"this rank keeps {mine:,} of {whole:,} bytes of parameters"

@@ -1,0 +1,182 @@
+"""Tensor parallelism: every rank keeps a slice of each weight and computes with it; the slices' results are summed.
+
+    torchrun --nproc-per-node=2 model_parallel/tensor_parallel.py         # a laptop: about a minute, loss < 2.5
+    torchrun --nproc-per-node=4 model_parallel/tensor_parallel.py --mesh.dp 2            # slices, and shards of slices
+    sbatch --nodes=2 --gpus-per-node=8 model_parallel/multi_node.sbatch --config model_parallel/configs/tensor.yaml
+
+The whole difference to `fsdp/train.py`: a plan says how each layer is cut, before FSDP wraps what is left of it; ranks
+of one tensor group see the same samples; and the loss is computed from logits that stay cut along the vocabulary.
+"""
+
+import torch
+import torch.distributed as dist
+from mesh_settings import TensorConfig, data_parallel_settings, describe, tensor_mesh
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    PrepareModuleInputOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
+from torch.nn.utils import clip_grad_norm_
+
+from common.config import parse
+from common.data import text_datasets
+from common.data_sharding import BatchPlan, Loader, evaluation_batches
+from common.flops import explain, flops_per_token
+from common.loss import count_valid
+from common.optimizer import build_optimizer, learning_rate, set_learning_rate
+from common.ranks import Ranks, join
+from common.run import Run
+from common.transformer import Transformer, initial_weight
+
+
+@record  # torchrun then reports the rank that failed first, and why
+def main(config: TensorConfig) -> None:
+    ranks = join(config.device, config.timeout_s, config.network_profile)
+    mesh = tensor_mesh(config, ranks)
+    dp, tp = mesh.shape
+
+    # ---- data: the batch of step N is a pure function of the seed and N
+    train_set, validation_set = text_datasets(config.data, config.model.vocabulary)
+    plan = BatchPlan(config.batch, len(train_set), config.seed, mesh["dp"].get_local_rank(), dp)
+    loader = Loader(train_set, plan, ranks.device)
+    tokens_per_step = config.batch.global_size * config.data.sequence_length
+
+    # ---- model: on the meta device its parameters have shapes and no memory
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    if config.train.precision == "fp64":
+        model.double()
+    # ---- the lesson, in this order: slices; what blocks do with activations; how they compile; shards of the slices
+    tensor_parallelize(model, mesh["tp"], config.sequence_parallel)
+    if config.train.activation_checkpointing:
+        model.checkpoint_activations()
+    if config.train.compile:
+        model.compile_blocks()
+    settings = data_parallel_settings(config, mesh)
+    for block in model.blocks.values():
+        fully_shard(block, **settings)
+    fully_shard(model, **settings)
+    model.to_empty(device=ranks.device)
+    initialise(model, config)
+
+    # ---- optimizer; the scaler keeps small fp16 gradients from vanishing, and does nothing otherwise
+    optimizer = build_optimizer(model.parameters(), config.optimizer, ranks.device)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.train.precision == "fp16")
+
+    flops = flops_per_token(config.model, config.data.sequence_length)
+    alone, _ = dist.new_subgroups(1)  # no other rank holds what this one does
+    run = Run(config, ranks, "tensor", tokens_per_step, flops_per_unit=flops, fingerprint=train_set.fingerprint(),
+              mesh={"dp": dp, "tp": tp}, replicas=alone)  # fmt: skip
+    run.say(describe(model))
+    run.say(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
+    run.restore(model, optimizer, scaler)
+
+    # ---- training
+    for step in run.steps():  # goes on where the last checkpoint ended
+        lr = learning_rate(step, config.train.steps, config.optimizer)
+        set_learning_rate(optimizer, lr)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        for (tokens, targets), is_last in loader.micro_batches(step):
+            # Until the last micro-batch gradients add up locally, whole: that saves messages and costs memory.
+            model.set_requires_gradient_sync(is_last)
+            with loss_parallel():  # softmax over logits of which each rank has some columns; backward too
+                micro_loss_sum = model(tokens, targets)  # a sum over tokens, not a mean
+                # Dividing by the tokens of the *global* batch makes the gradient the same for any accumulation; FSDP
+                # averages over the *data-parallel* ranks where the global batch wants the sum, hence their number.
+                scaler.scale(micro_loss_sum * dp / tokens_per_step).backward()
+            loss_sum += micro_loss_sum.detach() / tp  # all ranks of a tensor group have the same loss
+        scaler.unscale_(optimizer)
+        grad_norm = clip_grad_norm_(model.parameters(), config.optimizer.clip).full_tensor()  # of all slices
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        run.log(step, loss_sum, grad_norm, lr)  # read one step late: the loop never waits for the device
+
+        if run.wants_evaluation(step):
+            run.log_validation(step, evaluate(model, validation_set, plan.micro_size, mesh, ranks))
+        run.save_if_due(step, model, optimizer, scaler)
+    run.finish()
+    ranks.leave()  # a barrier, then the end of the process group
+
+
+def tensor_parallelize(model: Transformer, mesh: DeviceMesh, sequence_parallel: bool) -> None:
+    """Cut the model among the ranks of `mesh`, in place; `from_scratch/tensor_parallel.py` does the same by hand.
+
+    The first layers of a pair are cut by outputs (columns), the last by inputs (rows): between them every rank has its
+    own heads or neurons, as plain local tensors, and attention counts its heads from the weights as ever. Row-parallel
+    results are sums over the ranks: all-reduced, or with sequence parallelism reduced and scattered along the sequence.
+    """
+    hidden = Shard(1) if sequence_parallel else Replicate()  # of activations (batch, sequence, width) between layers
+    norm = SequenceParallel() if sequence_parallel else Replicated()
+    # Entering: whole on every rank, for several projections at once. Backward sums what each rank's slice gave.
+    enter = {"input_layouts": (hidden, None, None, None), "desired_input_layouts": (Replicate(), None, None, None)}
+    enter_ffn = {"input_layouts": (hidden,), "desired_input_layouts": (Replicate(),)}
+    enter_head = {"input_layouts": (hidden, None, None), "desired_input_layouts": (Replicate(), None, None)}
+    rows = RowwiseParallel(output_layouts=hidden)
+    plan = {
+        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=hidden),  # cut along the vocabulary
+        "blocks.*.attention_norm": norm,
+        "blocks.*.attention": PrepareModuleInput(**enter),
+        "blocks.*.attention.query": ColwiseParallel(),
+        "blocks.*.attention.key": ColwiseParallel(),
+        "blocks.*.attention.value": ColwiseParallel(),
+        "blocks.*.attention.output": rows,
+        "blocks.*.ffn_norm": norm,
+        "blocks.*.ffn": PrepareModuleInput(**enter_ffn),
+        "blocks.*.ffn.gate": ColwiseParallel(),
+        "blocks.*.ffn.up": ColwiseParallel(),
+        "blocks.*.ffn.down": rows,
+        "norm": norm,
+        # The loss that leaves the head is whole on every rank: `loss_parallel` has summed it.
+        "head": PrepareModuleInputOutput(**enter_head, output_layouts=Replicate(), desired_output_layouts=Replicate()),
+    }
+    parallelize_module(model, mesh, plan)
+    if model.head.weight is not None:  # not tied: the embedding's weight, cut in the same way, otherwise
+        model.head.weight = torch.nn.Parameter(distribute_tensor(model.head.weight, mesh, [Shard(0)]))
+
+
+class Replicated(ParallelStyle):
+    """A norm whose weight and activations all ranks hold whole. They are DTensors like all others all the same: neither
+    clipping nor the optimizer takes a mixture."""
+
+    def _apply(self, module: torch.nn.Module, mesh: DeviceMesh) -> torch.nn.Module:
+        def enter(_, inputs, mesh):
+            return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
+
+        return distribute_module(module, mesh, None, enter, lambda _, output, mesh: output.to_local())
+
+
+@torch.no_grad()
+def initialise(model: Transformer, config: TensorConfig) -> None:
+    """Give every shard its part of the weights that one process would start with; no more than one is ever whole."""
+    for name, parameter in model.named_parameters():
+        whole = initial_weight(name, parameter.shape, config.model, config.seed)
+        parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None))
+
+
+@torch.no_grad()
+def evaluate(model: Transformer, dataset, batch_size: int, mesh: DeviceMesh, ranks: Ranks) -> float:
+    """Mean loss per token over the validation set: the sum of all losses divided by the count of all tokens."""
+    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, tokens
+    place = mesh["dp"].get_local_rank(), mesh["dp"].size()
+    # A forward communicates: ranks with fewer samples join in with batches that do not count.
+    for tokens, targets in evaluation_batches(dataset, batch_size, ranks.device, *place, same_count=True):
+        with loss_parallel():
+            sums += torch.stack([model(tokens, targets).double(), count_valid(targets)])
+    # Over all ranks: those of a tensor group count each token as often as its loss.
+    dist.all_reduce(sums)  # ranks may have had different numbers of samples: sums, never a mean of means
+    loss, count = sums.tolist()
+    return loss / count
+
+
+if __name__ == "__main__":
+    main(parse(TensorConfig))

@@ -1,0 +1,83 @@
+"""What the ranks of a `group` run for the tests of model_parallel/."""
+
+import importlib.util
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import loss_parallel
+
+from common.transformer import ModelConfig, Transformer, initial_weight
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def collectives(sequence_parallel: bool, tied: bool, layers: int) -> dict[str, int]:
+    """The collectives of one forward and backward under the lesson's plan, by name."""
+    folder = str(ROOT / "model_parallel")
+    sys.path.insert(0, folder)
+    try:
+        spec = importlib.util.spec_from_file_location("lesson_of_tensors", f"{folder}/tensor_parallel.py")
+        lesson = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(lesson)
+    finally:
+        sys.path.remove(folder)
+    config = ModelConfig(width=48, heads=12, kv_heads=12, ffn_width=48, vocabulary=264, layers=layers, tied=tied)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    with torch.device("meta"):
+        model = Transformer(config)
+    lesson.tensor_parallelize(model, mesh["tp"], sequence_parallel)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            whole = initial_weight(name, parameter.shape, config, 0)
+            parameter.copy_(distribute_tensor(whole, mesh, parameter.placements, src_data_rank=None))
+    tokens = torch.arange(48).view(2, 24)
+    with CommDebugMode() as sent, loss_parallel():
+        model(tokens, tokens).backward()
+    return {str(op).removeprefix("c10d_functional."): count for op, count in sent.get_comm_counts().items()}
+
+
+def recorded(arguments: list[str]) -> list[tuple[str, int, int]]:
+    """Train with the pipeline script; what this rank did: (F, B, I or W; stage; micro-batch), in order."""
+    actions = []
+    originals = {name: getattr(PipelineStage, name) for name in ("forward_one_chunk", "backward_one_chunk")}
+    originals["backward_weight_one_chunk"] = PipelineStage.backward_weight_one_chunk
+
+    def note(stage, kind, number):
+        if stage.has_backward:  # in an evaluation backwards are called, too, and return at once
+            actions.append((kind, stage.stage_index, number))
+
+    def forward(self, number, *rest, **options):
+        note(self, "F", number)
+        return originals["forward_one_chunk"](self, number, *rest, **options)
+
+    def backward(self, number, *rest, full_backward=True, **options):
+        note(self, "B" if full_backward else "I", number)
+        return originals["backward_one_chunk"](self, number, *rest, full_backward=full_backward, **options)
+
+    def weight(self, number, *rest, **options):
+        note(self, "W", number)
+        return originals["backward_weight_one_chunk"](self, number, *rest, **options)
+
+    for name, replacement in zip(originals, (forward, backward, weight), strict=True):
+        setattr(PipelineStage, name, replacement)
+    folder = str(ROOT / "model_parallel")
+    sys.argv = [f"{folder}/pipeline_parallel.py", *arguments]
+    sys.path.insert(0, folder)
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        sys.path.remove(folder)
+        for name, original in originals.items():
+            setattr(PipelineStage, name, original)
+    return actions
+
+
+recorded.joins_itself = True

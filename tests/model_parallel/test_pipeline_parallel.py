@@ -1,0 +1,187 @@
+"""A pipeline with torch's schedules must give the training of one process, and do things in the order it claims."""
+
+import itertools
+
+import pytest
+from equality import SMALL, assert_same_rows, assert_same_training, largest_difference, read_checkpoint, read_rows
+
+CASES, MORE_CASES = "tests/ddp/cases.py", "tests/model_parallel/model_parallel_cases.py"
+SCRIPT = "model_parallel/pipeline_parallel.py"
+STEPS = 20
+BASE = [*SMALL, "--model.layers", "8", "--train.steps", str(STEPS), "--batch.global_size", "48"]
+FP64 = ["--train.precision", "fp64"]
+TIED = ["--model.tied", "true"]
+
+
+def arguments(folder, name, *more):
+    return [*BASE, "--runs_dir", str(folder), "--run_name", name, *more]
+
+
+def micro_batches(number):
+    return ["--batch.micro_size", str(48 // number)]
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zero_bubble"])
+@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+def test_fp64_is_the_proof(group, single_device, tmp_path, ranks, schedule):
+    """8 layers on 3 ranks are unequal stages. Tied, the harder case; the last stage's copy must stay what it is."""
+    options = ["--schedule", schedule, *micro_batches(4 if ranks != 3 else 6), *TIED]
+    group(ranks)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options))
+    assert_same_training(single_device(*BASE, *FP64, *TIED), tmp_path / "many")
+
+
+@pytest.mark.parametrize("options", [
+    ["--schedule", "gpipe", *micro_batches(1)],  # nothing overlaps, and all is right
+    ["--schedule", "1f1b", *micro_batches(16)],
+    ["--schedule", "interleaved", "--stages_per_rank", "4", *micro_batches(4)],
+    ["--schedule", "zero_bubble", "--stages_per_rank", "1", *micro_batches(8)],
+    ["--schedule", "1f1b", "--train.activation_checkpointing", "true", *micro_batches(4)],
+    ["--schedule", "1f1b", "--model.experts", "4", *micro_batches(4)],
+], ids=lambda options: " ".join(options))  # fmt: skip
+def test_every_option(group, single_device, tmp_path, options):
+    model = ["--model.experts", "4"] if "--model.experts" in options else []
+    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options))
+    assert_same_training(single_device(*BASE, *FP64, *model), tmp_path / "many")
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "zero_bubble"])
+def test_loss_in_chunks(group, single_device, tmp_path, schedule):
+    """48 samples of 48 tokens in two micro-batches are more than one chunk of 1024 each."""
+    options = ["--train.steps", "4", "--data.sequence_length", "48"]
+    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options, "--schedule", schedule,
+                                               *micro_batches(2)))  # fmt: skip
+    assert_same_training(single_device(*BASE, *FP64, *options), tmp_path / "many")
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "parameters"),  # AdamW's division by small roots amplifies the last bits of fp32
+    [("adamw", "0.003", 1e-4), ("sgd", "0.01", 1e-6)],
+)
+def test_fp32(group, single_device, tmp_path, name, lr, parameters):
+    options = ["--optimizer.name", name, "--optimizer.lr", lr]
+    one = single_device(*BASE, *options)
+    group(3)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *options, *micro_batches(6)))
+    assert_same_rows(one, tmp_path / "many", 1e-5)
+    a, b = read_checkpoint(one, STEPS), read_checkpoint(tmp_path / "many", STEPS)
+    assert largest_difference(a, b, "model.") <= parameters
+
+
+def test_first_gradients_in_fp32(group, single_device, tmp_path):
+    """After one step AdamW's exp_avg is 0.1 times the clipped gradient: a factor of 2 hides from AdamW, not here."""
+    options = ["--train.steps", "1", "--optimizer.clip", "1000", *TIED]
+    one = single_device(*BASE, *options)
+    group(4)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *options, *micro_batches(8)))
+    a, b = (
+        {name: tensor / 0.1 for name, tensor in read_checkpoint(run, 1).items() if name.endswith("exp_avg")}
+        for run in (one, tmp_path / "many")
+    )
+    assert len(a) == 1 + 8 * 9 + 1
+    assert largest_difference(a, b) <= 1e-5
+
+
+def test_bf16_trains(group, single_device, tmp_path):
+    options = [*micro_batches(4), "--train.precision", "bf16"]
+    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "low", *options))
+    one, low = read_rows(single_device(*BASE)), read_rows(tmp_path / "low")
+    assert abs(low[0]["loss"] - one[0]["loss"]) < 3e-2  # some seven bf16 roundings (2^-8) of a loss of 5.6
+    assert low[-1]["loss"] < low[0]["loss"] - 0.5
+
+
+def recorded(group, folder, ranks, schedule, number, stages_per_rank):
+    options = ["--train.steps", "1", "--schedule", schedule, "--stages_per_rank", str(stages_per_rank)]
+    return group(ranks)(MORE_CASES, "recorded", arguments(folder, "order", *options, *micro_batches(number)))
+
+
+def most_in_flight(actions):
+    """Forwards whose backward has not come yet; of a backward in two parts, the first."""
+    changes = [{"F": 1, "B": -1, "I": -1, "W": 0}[kind] for kind, _, _ in actions]
+    return max(itertools.accumulate(changes))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_order_and_peak_of_gpipe(group, tmp_path, ranks):
+    for rank, actions in enumerate(recorded(group, tmp_path, ranks, "gpipe", 6, 1)):
+        assert actions == [("F", rank, i) for i in range(6)] + [("B", rank, i) for i in range(6)]
+        assert most_in_flight(actions) == 6
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_order_and_peak_of_1f1b(group, tmp_path, ranks):
+    for rank, actions in enumerate(recorded(group, tmp_path, ranks, "1f1b", 6, 1)):
+        assert most_in_flight(actions) == min(6, ranks - rank)
+        warm_up = ranks - rank - 1
+        kinds = "F" * warm_up + "FB" * (6 - warm_up) + "B" * warm_up
+        assert "".join(kind for kind, _, _ in actions) == kinds
+        for kind in "FB":
+            assert [number for k, _, number in actions if k == kind] == list(range(6))
+
+
+@pytest.mark.parametrize(("ranks", "number", "chunks"), [(2, 4, 2), (3, 6, 2), (2, 8, 4)])
+def test_order_and_peak_of_interleaved(group, tmp_path, ranks, number, chunks):
+    """Warm-up: 2 (ranks - 1 - rank) + (chunks - 1) ranks forwards (arXiv 2104.04473, 2.2); then in turn."""
+    for rank, actions in enumerate(recorded(group, tmp_path, ranks, "interleaved", number, chunks)):
+        total = number * chunks
+        warm_up = min(2 * (ranks - 1 - rank) + (chunks - 1) * ranks, total)
+        kinds = "F" * warm_up + "FB" * (total - warm_up) + "B" * warm_up
+        assert "".join(kind for kind, _, _ in actions) == kinds
+        assert most_in_flight(actions) == min(warm_up + 1, total)
+        assert {stage for _, stage, _ in actions} == {rank + ranks * chunk for chunk in range(chunks)}
+
+
+@pytest.mark.parametrize(("ranks", "chunks"), [(2, 2), (4, 1)])
+def test_zero_bubble_delays_the_gradients_of_weights(group, tmp_path, ranks, chunks):
+    """Backward comes in two parts, the second of which waits where a neighbour waits for the first."""
+    by_rank = recorded(group, tmp_path, ranks, "zero_bubble", 8, chunks)
+    waited = 0
+    for actions in by_rank:
+        inputs = [action[1:] for action in actions if action[0] == "I"]
+        weights = [action[1:] for action in actions if action[0] == "W"]
+        assert sorted(inputs) == sorted(weights)
+        for place, (kind, *what) in enumerate(actions):
+            if kind == "W":
+                first = actions.index(("I", *what))
+                assert first < place
+                waited += place - first > 1
+        done = [action[1:] for action in actions if action[0] in "IB"]
+        assert len(done) == len(set(done)) == 8 * chunks
+    assert waited > 0
+
+
+@pytest.mark.parametrize(("ranks", "options", "words"), [
+    (4, ["--model.layers", "3"], "expected a layer for each"),
+    (2, ["--schedule", "interleaved", "--model.layers", "3"], "model.layers = 3 for 4 stages"),
+    (2, [], "1 micro-batches (batch.global_size / batch.micro_size) with schedule = 1f1b on 2 ranks"),
+    (3, ["--schedule", "interleaved", "--batch.global_size", "21", *micro_batches(16)], "expected a multiple of 2"),
+    (2, ["--stages_per_rank", "2"], "stages_per_rank = 2 with schedule = 1f1b"),
+    (2, ["--schedule", "interleaved", "--stages_per_rank", "0"], "stages_per_rank = 0"),
+    (2, ["--train.precision", "fp16"], "ddp/train.py has fp16"),
+    (2, ["--train.compile", "true"], "not compiled"),
+    (2, ["--schedule", "round_robin"], "schedule = round_robin"),
+    (1, [], "1 rank for a pipeline"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
+def test_bad_input(group, tmp_path, ranks, options, words):
+    for code, message in group(ranks)(CASES, "ends", SCRIPT, arguments(tmp_path, "bad", *options)):
+        assert code == 2
+        lines = [line for line in message.splitlines() if "error: " in line]
+        assert len(lines) == 1, message
+        assert "Traceback" not in message
+        assert words in lines[0], message
+
+
+@pytest.mark.parametrize(("first", "then"), [
+    ((SCRIPT, 4), (SCRIPT, 3)),
+    ((SCRIPT, 2, "--schedule", "interleaved"), ("ddp/train.py", 3)),
+    (("ddp/train.py", 2), (SCRIPT, 2, "--schedule", "zero_bubble")),
+    (("fsdp/train.py", 3), (SCRIPT, 2)),
+], ids=lambda value: " ".join(map(str, value)).replace("/", " "))  # fmt: skip
+def test_resume_elsewhere(group, single_device, tmp_path, first, then):
+    """Ten steps one way, ten another, on other ranks: the twenty of one process. Tied, the harder case."""
+
+    def options(script, ranks, *more):
+        cut = micro_batches(6 if ranks == 3 else 4) if script == SCRIPT else []
+        return arguments(tmp_path, "many", *FP64, *TIED, *cut, *more)
+
+    group(first[1])(CASES, "train_until", first[0], options(*first), 10)
+    assert len(read_rows(tmp_path / "many")) == 10
+    group(then[1])(CASES, "train", then[0], options(*then))
+    assert_same_training(single_device(*BASE, *FP64, *TIED), tmp_path / "many")

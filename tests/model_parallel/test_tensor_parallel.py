@@ -1,0 +1,156 @@
+"""Tensor parallelism with torch's plans must give the training of one process, and send what it says."""
+
+import re
+
+import pytest
+import torch
+from equality import SMALL, assert_same_rows, assert_same_training, largest_difference, read_checkpoint, read_rows
+
+CASES, MORE_CASES = "tests/ddp/cases.py", "tests/model_parallel/model_parallel_cases.py"
+SCRIPT = "model_parallel/tensor_parallel.py"
+STEPS = 20
+# Heads, neurons, vocabulary and sequence divide by 2, 3 and 4.
+EVEN = ["--model.heads", "12", "--model.kv_heads", "12", "--model.width", "48", "--model.ffn_width", "48",
+        "--model.vocabulary", "264", "--data.sequence_length", "24"]  # fmt: skip
+BASE = [*SMALL, *EVEN, "--train.steps", str(STEPS), "--batch.global_size", "48"]
+FP64 = ["--train.precision", "fp64"]
+
+
+def arguments(folder, name, *more):
+    return [*BASE, "--runs_dir", str(folder), "--run_name", name, *more]
+
+
+@pytest.mark.parametrize("sequence_parallel", ["true", "false"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+def test_fp64_is_the_proof(group, single_device, tmp_path, ranks, accumulation, sequence_parallel):
+    """Tied where gradients accumulate, the harder case."""
+    model = ["--model.tied", "true"] if accumulation > 1 else []
+    options = ["--batch.micro_size", str(48 // accumulation), "--sequence_parallel", sequence_parallel]
+    group(ranks)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *model, *options))
+    assert_same_training(single_device(*BASE, *FP64, *model), tmp_path / "many")
+
+
+@pytest.mark.parametrize("options", [
+    ["--mesh.dp", "2"],
+    ["--mesh.dp", "2", "--sequence_parallel", "false"],
+    ["--mesh.dp", "4"],
+    ["--mesh.dp", "2", "--model.tied", "true"],
+    ["--mesh.dp", "2", "--train.activation_checkpointing", "true"],
+    ["--mesh.tp", "2", "--mesh.dp", "2", "--model.kv_heads", "4"],  # fewer than heads
+    ["--mesh.dp", "2", "--model.ffn_width", "50"],  # slices of 25 rows: the last shard of each is padded
+], ids=lambda options: " ".join(options))  # fmt: skip
+def test_on_a_mesh(group, single_device, tmp_path, options):
+    model = [word for key, value in zip(options[::2], options[1::2], strict=True) if key.startswith("--model")
+             for word in (key, value)]  # fmt: skip
+    options = [*options, "--batch.micro_size", "6"]
+    group(4)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options))
+    assert_same_training(single_device(*BASE, *FP64, *model), tmp_path / "many")
+
+
+@pytest.mark.parametrize("tied", ["false", "true"])
+def test_loss_in_chunks(group, single_device, tmp_path, tied):
+    """48 samples of 24 tokens are more than one chunk of 1024: logits are computed again in backward."""
+    options = ["--train.steps", "4", "--model.tied", tied]
+    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options, "--batch.micro_size", "48"))
+    assert_same_training(single_device(*BASE, *FP64, *options), tmp_path / "many")
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "parameters"),  # AdamW's division by small roots amplifies the last bits of fp32
+    [("adamw", "0.003", 1e-4), ("sgd", "0.01", 1e-6)],
+)
+def test_fp32(group, single_device, tmp_path, name, lr, parameters):
+    options = ["--optimizer.name", name, "--optimizer.lr", lr]
+    one = single_device(*BASE, *options)
+    group(3)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *options))
+    assert_same_rows(one, tmp_path / "many", 1e-5)
+    a, b = read_checkpoint(one, STEPS), read_checkpoint(tmp_path / "many", STEPS)
+    assert largest_difference(a, b, "model.") <= parameters
+
+
+@pytest.mark.parametrize("sequence_parallel", ["true", "false"])
+def test_first_gradients_in_fp32(group, single_device, tmp_path, sequence_parallel):
+    """After one step AdamW's exp_avg is 0.1 times the clipped gradient: a factor of 2 hides from AdamW, not here."""
+    options = ["--train.steps", "1", "--optimizer.clip", "1000"]
+    one = single_device(*BASE, *options)
+    more = ["--mesh.dp", "2", "--sequence_parallel", sequence_parallel]
+    group(4)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *options, *more))
+    a, b = (
+        {name: tensor / 0.1 for name, tensor in read_checkpoint(run, 1).items() if name.endswith("exp_avg")}
+        for run in (one, tmp_path / "many")
+    )
+    assert len(a) == 2 + 2 * 9 + 1
+    assert largest_difference(a, b) <= 1e-5
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_trains(group, single_device, tmp_path, precision):
+    """The policy casts whole blocks where autocast casts operations: losses are close, not equal."""
+    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "low", "--train.precision", precision))
+    one, low = read_rows(single_device(*BASE)), read_rows(tmp_path / "low")
+    assert abs(low[0]["loss"] - one[0]["loss"]) < 3e-2  # some seven bf16 roundings (2^-8) of a loss of 5.6
+    assert low[-1]["loss"] < low[0]["loss"] - 0.5
+    weights = read_checkpoint(tmp_path / "low", STEPS)
+    assert all(tensor.dtype == torch.float32 for name, tensor in weights.items() if name.startswith("model."))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_collectives_are_those_of_the_plan(group, ranks, layers, tied):
+    """Four pairs a layer, embedding and head; the loss: maximum, sum of exponentials, logit of the target."""
+    plain = {"all_reduce": 1 + 2 * layers + 3 + 1 + 2 * layers}
+    # With sequence parallelism each of these, the loss's apart, is a reduce-scatter in one direction and an all-gather
+    # in the other; norms see a part of the sequence, and their gradients wait as partial sums until they are used.
+    cut = {"all_gather_into_tensor": 2 + 4 * layers, "reduce_scatter_tensor": 2 + 4 * layers, "all_reduce": 3}
+    assert group(ranks)(MORE_CASES, "collectives", False, tied, layers) == [plain] * ranks
+    assert group(ranks)(MORE_CASES, "collectives", True, tied, layers) == [cut] * ranks
+
+
+@pytest.mark.parametrize(("ranks", "dp"), [(2, 1), (4, 2), (3, 1)])
+def test_bytes_per_rank(launch, tmp_path, ranks, dp):
+    """A rank keeps 1/n of every matrix, and of a norm what FSDP leaves: tensor ranks hold it whole."""
+    options = ["--train.steps", "2", "--mesh.dp", str(dp)]
+    printed = launch(SCRIPT, *arguments(tmp_path, "many", *options), nproc=ranks).stdout
+    mine, whole = re.search(r"this rank keeps ([\d,]+) of ([\d,]+) bytes", printed).groups()
+    weights = [t for n, t in read_checkpoint(tmp_path / "many", 2).items() if n.startswith("model.")]
+    assert int(mine.replace(",", "")) == sum(4 * t.numel() // (ranks if t.ndim > 1 else dp) for t in weights)
+    assert int(whole.replace(",", "")) == 4 * sum(t.numel() for t in weights)
+
+
+@pytest.mark.parametrize(("ranks", "options", "words"), [
+    (2, ["--mesh.dp", "3"], "mesh.dp = 3, mesh.tp = None with 2 ranks"),
+    (2, ["--mesh.tp", "3"], "expected a product of 2"),
+    (2, ["--mesh.dp", "0"], "mesh.dp = 0"),
+    (2, ["--model.heads", "3", "--model.kv_heads", "3"], "model.heads = 3, which does not divide among 2 tensor ranks"),
+    (2, ["--model.kv_heads", "3"], "model.kv_heads = 3"),
+    (2, ["--model.ffn_width", "49"], "model.ffn_width = 49"),
+    (2, ["--model.vocabulary", "257"], "model.vocabulary = 257"),
+    (2, ["--data.sequence_length", "25"], "data.sequence_length = 25"),
+    (2, ["--model.experts", "4"], "set it to 0"),
+    (2, ["--mesh.pp", "2"], "unknown key mesh.pp"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
+def test_bad_input(group, tmp_path, ranks, options, words):
+    for code, message in group(ranks)(CASES, "ends", SCRIPT, arguments(tmp_path, "bad", *options)):
+        assert code == 2
+        lines = [line for line in message.splitlines() if "error: " in line]
+        assert len(lines) == 1, message
+        assert "Traceback" not in message
+        assert words in lines[0], message
+
+
+@pytest.mark.parametrize(("first", "then"), [
+    ((SCRIPT, 4, "--mesh.dp", "2"), (SCRIPT, 3)),
+    ((SCRIPT, 2), (SCRIPT, 4, "--mesh.dp", "2")),
+    ((SCRIPT, 2), ("ddp/train.py", 3)),
+    (("ddp/train.py", 2), (SCRIPT, 4)),
+    (("fsdp/train.py", 3), (SCRIPT, 2)),
+], ids=lambda value: " ".join(map(str, value)).replace("/", " "))  # fmt: skip
+def test_resume_elsewhere(group, single_device, tmp_path, first, then):
+    """Ten steps on some ranks, ten more on others, or under another strategy: the twenty of one process."""
+    (script, ranks, *more), (next_script, next_ranks, *next_more) = first, then
+    group(ranks)(CASES, "train_until", script, arguments(tmp_path, "many", *FP64, *more), 10)
+    assert len(read_rows(tmp_path / "many")) == 10
+    group(next_ranks)(CASES, "train", next_script, arguments(tmp_path, "many", *FP64, *next_more))
+    assert_same_training(single_device(*BASE, *FP64), tmp_path / "many")
