@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from equality import SMALL, assert_same_training, read_rows
+from equality import SMALL, assert_same_training, assert_trains_in_low_precision, read_rows
 from launching import ROOT, clean_environment, free_port, whose_rank_1_dies
 
 CASES, SCRIPT = "tests/ddp/cases.py", "from_scratch/train.py"
@@ -99,14 +99,10 @@ def test_ddp_goes_on_from_shards_by_hand(group, reference, tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["bucket", "zero2", "fsdp", "tensor", "pipeline", "context"])
-def test_bf16_trains(group, tmp_path, strategy):
-    """The loss falls as in fp32; 3e-2 is some seven bf16 roundings (2^-8) of a loss of 5.6."""
+def test_bf16_trains(group, single_device, tmp_path, strategy):
     options = ["--strategy", strategy, "--train.precision", "bf16"]
     group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "low", *options))
-    group(1)(CASES, "train", "ddp/single_device.py", arguments(tmp_path, "one", "--train.precision", "fp32"))
-    one, low = read_rows(tmp_path / "one"), read_rows(tmp_path / "low")
-    assert abs(low[0]["loss"] - one[0]["loss"]) < 3e-2
-    assert low[-1]["loss"] < low[0]["loss"] - 0.5
+    assert_trains_in_low_precision(single_device(*BASE, "--train.precision", "fp32"), tmp_path / "low")
 
 
 @pytest.mark.parametrize(("ranks", "options", "words"), [
