@@ -291,6 +291,7 @@ def join(device: str = "auto", timeout_s: float = 600.0, network_profile: str = 
     chosen = choose_device(device, place)
     # A wrapped model and its hooks refer to each other and to the process group, whose threads must end before Python
     # does: such circles are freed while it is still whole.
+    atexit.unregister(gc.collect)  # once is enough, however often a process joins
     atexit.register(gc.collect)
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
