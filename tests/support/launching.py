@@ -104,7 +104,7 @@ class Group:
         for process in self.processes:
             process.kill() if kill else process.stdin.close()
         for process in self.processes:
-            process.wait(timeout=30)
+            process.wait(timeout=90)
             process.stdout.close()
         self.processes = []
 
