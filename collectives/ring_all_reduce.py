@@ -61,8 +61,8 @@ def ring_all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup | None = None
 def _pass_on(gone: torch.Tensor, come: torch.Tensor, group: dist.ProcessGroup | None) -> None:
     """Send to the next rank while receiving from the one before; empty chunks are not sent."""
     n, rank = dist.get_world_size(group), dist.get_rank(group)
-    # The receive first. Gloo lets the peer know on the same connection that it may send: behind 8 MiB of our own data
-    # that note comes late, and the two directions take turns (benchmarks/README.md).
+    # The receive first: with Gloo, large messages then take half the time, because the two directions no longer take
+    # turns. Presumably the word that the peer may send goes out behind our own data otherwise (benchmarks/README.md).
     both = [
         dist.P2POp(call, chunk, group=group, group_peer=peer % n)
         for call, chunk, peer in ((dist.irecv, come, rank - 1), (dist.isend, gone, rank + 1))
