@@ -68,7 +68,8 @@ class WholeState(Protocol):
     """Stands in a model's place where torch cannot tell how model and optimizer are cut, because it was done by hand.
 
     The state is that which torch would give of the plain model: {"model": name → tensor, "optimizer": {"state": name →
-    entries, "param_groups": …}}, whole, the same on every rank.
+    entries, "param_groups": …}}. Of the tensors a rank gives those it has, whole or as DTensors; the ranks together give
+    all, and what several give is equal. The param_groups are those of the whole model on every rank.
     """
 
     module: torch.nn.Module
@@ -76,6 +77,12 @@ class WholeState(Protocol):
 
     def whole_state(self) -> dict[str, Any]: ...
     def load_whole_state(self, state: dict[str, Any]) -> None: ...
+
+
+def _shapes(state: dict[str, Any], ranks: Ranks) -> dict[str, list[int]]:
+    """Shapes of the whole model's parameters, by name: pipeline stages hold some each."""
+    mine = {name: list(value.shape) for name, value in state["model"].items()}
+    return {name: shape for part in ranks.all_gather(mine) for name, shape in part.items()}
 
 
 def _state(model: torch.nn.Module | WholeState, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
@@ -120,12 +127,13 @@ def save(
         problem = f"checkpoint {target} could not be written: {error}; earlier checkpoints are untouched"
     _fail_together(problem, ranks)
     everything = {name: entry for part in ranks.all_gather(files) for name, entry in part.items()}
+    shapes = _shapes(state, ranks)
     if ranks.is_main:
         manifest = {
             "step": step,
             "world_size": ranks.world_size,
             "optimizer": type(optimizer).__name__ if optimizer else None,
-            "parameters": {name: list(value.shape) for name, value in state["model"].items()},
+            "parameters": shapes,
             "extra": extra or {},
             "shards": shards.name,
             "files": everything,
@@ -228,7 +236,7 @@ def load(
     _fail_together(problem, ranks)
 
     state = _state(model, optimizer)
-    ours = {name: list(value.shape) for name, value in state["model"].items()}
+    ours = _shapes(state, ranks)
     for name in sorted(ours.keys() | manifest["parameters"].keys()):
         mine, theirs = ours.get(name, "none"), manifest["parameters"].get(name, "none")
         if mine != theirs:

@@ -1,4 +1,4 @@
-"""The settings of tensor and pipeline parallelism, and what of them cannot work, said before anything is built."""
+"""The settings of tensor, pipeline and hybrid parallelism, and what of them cannot work, said before all is built."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -52,6 +52,27 @@ class PipelineConfig(Config):
             raise ValueError(f"{found}; expected fp32, bf16 or fp64, not compiled; ddp/train.py has fp16 and compile")
 
 
+@dataclass
+class HybridMeshConfig:
+    """Ranks along each axis of the mesh."""
+
+    pp: int = 2
+    """Pipeline parallel: other layers; 2 or more."""
+    dp: int | None = None
+    """Data parallel: different samples, and shards of each slice (FSDP); null: all ranks that pp and tp leave."""
+    tp: int = 2
+    """Tensor parallel: the same samples, and slices of each weight."""
+
+
+@dataclass
+class HybridConfig(PipelineConfig):
+    """The settings of a pipeline, and those of tensor parallelism."""
+
+    mesh: HybridMeshConfig = field(default_factory=HybridMeshConfig)
+    sequence_parallel: bool = True
+    """Cut activations between the layers, too, along the sequence; false: every tensor rank has them whole."""
+
+
 def tensor_mesh(config: TensorConfig, ranks: Ranks) -> DeviceMesh:
     """The mesh (dp, tp); neighbours are tensor ranks, which talk most. SystemExit: something does not divide."""
     dp, tp, world = config.mesh.dp, config.mesh.tp, ranks.world_size
@@ -59,6 +80,35 @@ def tensor_mesh(config: TensorConfig, ranks: Ranks) -> DeviceMesh:
         tp = world // dp
     if tp is None or min(dp, tp) < 1 or dp * tp != world:
         fail(f"mesh.dp = {dp}, mesh.tp = {tp} with {world} ranks; expected a product of {world}; change one of them")
+    require_divisible(config, tp)
+    return _with_flat_sums(init_device_mesh(ranks.device.type, (dp, tp), mesh_dim_names=("dp", "tp")))
+
+
+def hybrid_mesh(config: HybridConfig, ranks: Ranks) -> DeviceMesh:
+    """The mesh (pp, dp, tp): who talks most is nearest, so that tensor ranks share a node, and stages need not.
+
+    SystemExit: something does not divide.
+    """
+    pp, dp, tp, world = config.mesh.pp, config.mesh.dp, config.mesh.tp, ranks.world_size
+    if dp is None and min(pp, tp) > 0 and world % (pp * tp) == 0:
+        dp = world // (pp * tp)
+    if dp is None or min(pp, dp, tp) < 1 or pp * dp * tp != world:
+        found = f"mesh.pp = {pp}, mesh.dp = {dp}, mesh.tp = {tp} with {world} ranks"
+        fail(f"{found}; expected a product of {world}; change one of them")
+    if pp < 2:
+        fail(f"mesh.pp = {pp}; expected 2 or more stages; model_parallel/tensor_parallel.py is for one")
+    require_divisible(config, tp)
+    return _with_flat_sums(init_device_mesh(ranks.device.type, (pp, dp, tp), mesh_dim_names=("pp", "dp", "tp")))
+
+
+def _with_flat_sums(mesh: DeviceMesh) -> DeviceMesh:
+    """Let sums over dp and tp, as the gradient norm's, be one all-reduce in place of one for each axis."""
+    mesh["dp", "tp"]._flatten()  # private, and yet what torch's warning asks for; the mesh keeps the group
+    return mesh
+
+
+def require_divisible(config: TensorConfig | HybridConfig, tp: int) -> None:
+    """SystemExit, in one line: `tp` tensor ranks cannot cut this model."""
     model = config.model
     if model.experts:
         fail(f"model.experts = {model.experts}; expected dense layers for this tensor parallelism; set it to 0")
@@ -69,10 +119,9 @@ def tensor_mesh(config: TensorConfig, ranks: Ranks) -> DeviceMesh:
         if size % tp:
             found = f"{name} = {size}, which does not divide among {tp} tensor ranks"
             fail(f"{found}; expected a multiple of {tp}; change it, or mesh.tp")
-    return init_device_mesh(ranks.device.type, (dp, tp), mesh_dim_names=("dp", "tp"))
 
 
-def data_parallel_settings(config: TensorConfig, mesh: DeviceMesh) -> dict[str, Any]:
+def data_parallel_settings(config: TensorConfig | HybridConfig, mesh: DeviceMesh) -> dict[str, Any]:
     """The arguments of every `fully_shard`, as in fsdp/: low precision to compute with, fp32 for shards and sums."""
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
     policy = MixedPrecisionPolicy(low, low and torch.float32, cast_forward_inputs=False)

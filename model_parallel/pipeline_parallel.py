@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 from mesh_settings import PipelineConfig
-from pipeline_state import WholePipeline, tied_weight
+from pipeline_state import StageState, tied_weight
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.pipelining import (
     PipelineStage,
@@ -23,6 +23,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
     ScheduleInterleavedZeroBubble,
 )
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from common.config import parse
@@ -56,20 +57,20 @@ def main(config: PipelineConfig) -> None:
 
     # ---- the lesson: this rank's stages, and the schedule that runs them
     stages = build_stages(config, ranks)
-    schedule = build_schedule(config, ranks, stages, plan.accumulation, 1 / tokens_per_step)
+    schedule = build_schedule(config, ranks.world_size, stages, plan.accumulation, 1 / tokens_per_step)
 
     model = join_stages([stage.submod for stage in stages])  # its parameters have the names of the whole model
     optimizer = build_optimizer(model.parameters(), config.optimizer, ranks.device)
-    whole = WholePipeline(model, optimizer, config.model.tied)
+    state = StageState(model, optimizer, config.model.tied)
     first_and_last = dist.new_group([0, ranks.world_size - 1])  # all ranks must call it
 
     flops = flops_per_token(config.model, config.data.sequence_length)
     alone, _ = dist.new_subgroups(1)  # no other rank holds what this one does
     run = Run(config, ranks, f"pipeline: {config.schedule}", tokens_per_step, flops_per_unit=flops,
               mesh={"pp": ranks.world_size}, fingerprint=train_set.fingerprint(), replicas=alone)  # fmt: skip
-    run.say(describe(stages, plan.accumulation, ranks))
+    run.say(describe(stages, plan.accumulation, ranks.world_size))
     run.say(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
-    run.restore(whole, optimizer)
+    run.restore(state, optimizer)
 
     # ---- training
     for step in run.steps():
@@ -91,7 +92,7 @@ def main(config: PipelineConfig) -> None:
             with autocast:
                 val_loss = evaluate(schedule, stages, validation_set, config.batch.global_size, ranks)
             run.log_validation(step, val_loss)
-        run.save_if_due(step, whole, optimizer)
+        run.save_if_due(step, state, optimizer)
     run.finish()
     ranks.leave()
 
@@ -125,14 +126,14 @@ def build_stages(config: PipelineConfig, ranks: Ranks) -> list[PipelineStage]:
     return stages
 
 
-def build_schedule(config: PipelineConfig, ranks: Ranks, stages: list[PipelineStage], micro_batches: int, scale: float):
-    """Torch's schedule. SystemExit: too few micro-batches, or a number that it cannot order."""
-    rounds = max(1, micro_batches // ranks.world_size)
+def build_schedule(config: PipelineConfig, pp: int, stages: list[PipelineStage], micro_batches: int, scale: float):
+    """Torch's schedule over `pp` ranks. SystemExit: too few micro-batches, or a number that it cannot order."""
+    rounds = max(1, micro_batches // pp)
     found = f"{micro_batches} micro-batches (batch.global_size / batch.micro_size) with schedule = {config.schedule}"
-    if config.schedule == "1f1b" and micro_batches < ranks.world_size:
-        fail(f"{found} on {ranks.world_size} ranks; expected as many as ranks, or more; lower batch.micro_size")
+    if config.schedule == "1f1b" and micro_batches < pp:
+        fail(f"{found} on {pp} ranks; expected as many as ranks, or more; lower batch.micro_size")
     if len(stages) > 1 and micro_batches % rounds:
-        fail(f"{found} on {ranks.world_size} ranks; expected a multiple of {rounds}; change batch.micro_size")
+        fail(f"{found} on {pp} ranks; expected a multiple of {rounds}; change batch.micro_size")
     # The stage computes a sum over tokens; divided by the tokens of the *global* batch, its gradient is that of the
     # mean, for any number of micro-batches. Torch would divide by that number as well: not of a sum.
     return SCHEDULES[config.schedule](
@@ -143,13 +144,16 @@ def build_schedule(config: PipelineConfig, ranks: Ranks, stages: list[PipelineSt
     )
 
 
-def run_schedule(call, stages: list[PipelineStage], tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def run_schedule(
+    call, stages: list[PipelineStage], tokens: torch.Tensor, targets: torch.Tensor, **more
+) -> torch.Tensor:
     """Run `schedule.step` or `.eval` on a batch; returns the sums of its micro-batches' losses, or a 0 on other ranks.
 
     The targets go in twice: to the last stage's forward, which computes the loss, and as what `loss_fn` is given.
+    `more` goes to the forward of all stages, cut along the batch.
     """
     inputs = (tokens,) if stages[0].is_first else ()
-    losses = call(*inputs, target=targets, targets=targets)
+    losses = call(*inputs, target=targets, targets=targets, **more)
     zero = torch.zeros(1, dtype=torch.float64, device=tokens.device)
     return zero if losses is None else losses.detach().double()
 
@@ -165,21 +169,26 @@ def join_stages(parts: list[Transformer]) -> torch.nn.Module:
     return model
 
 
-def clip_grad_norm(model: torch.nn.Module, max_norm: float, counted_elsewhere: torch.Tensor | None) -> torch.Tensor:
+def clip_grad_norm(
+    model: torch.nn.Module,
+    max_norm: float,
+    counted_elsewhere: torch.Tensor | None,
+    stages: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
     """Scale gradients to a norm of at most max_norm over all stages; a tied weight counts once. Norm before."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter is not counted_elsewhere]
-    square = get_total_norm(gradients) ** 2
-    dist.all_reduce(square)
+    norm = get_total_norm(gradients)
+    square = (norm.full_tensor() if isinstance(norm, DTensor) else norm) ** 2  # of this rank's stages
+    dist.all_reduce(square, group=stages)
     clip_grads_with_norm_(model.parameters(), max_norm, square.sqrt())
     return square.sqrt()
 
 
-def describe(stages: list[PipelineStage], micro_batches: int, ranks: Ranks) -> str:
+def describe(stages: list[PipelineStage], micro_batches: int, pp: int) -> str:
     """One line: what is where, and how much of the time a rank must idle if all stages are equal."""
     layers = ", ".join("-".join(str(n) for n in stage.submod.blocks) for stage in stages)
-    per_rank = len(stages)
-    bubble = (ranks.world_size - 1) / (per_rank * micro_batches + ranks.world_size - 1)  # arXiv 2104.04473, 2.2
-    shape = f"{stages[0].num_stages} stages on {ranks.world_size} ranks, {micro_batches} micro-batches"
+    bubble = (pp - 1) / (len(stages) * micro_batches + pp - 1)  # arXiv 2104.04473, 2.2
+    shape = f"{stages[0].num_stages} stages on {pp} ranks, {micro_batches} micro-batches"
     return f"{shape}, idle at least {bubble:.0%} without a zero-bubble schedule; layers here: {layers}"
 
 

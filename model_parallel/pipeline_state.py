@@ -15,11 +15,12 @@ def tied_weight(model: torch.nn.Module) -> torch.nn.Parameter | None:
     return named.get("embedding.weight", named.get("head.weight"))
 
 
-class WholePipeline:
-    """Model and optimizer of all stages, as `common.checkpoint` wants them (its `WholeState`).
+class StageState:
+    """Model and optimizer of this rank's stages, as `common.checkpoint` wants them (its `WholeState`).
 
-    Each stage's part has the right names already; all ranks gather all parts, on the CPU. That needs the memory of the
-    whole model on each host. A tied weight is saved once, as the embedding; the last stage takes its copy from there.
+    Each rank writes its own stages, whose parameters have the names of the whole model already. What all ranks must
+    agree on are the optimizer's groups: lists of names, gathered here. A tied weight is saved once, as the embedding;
+    the last stage takes its copy from there.
 
     Args:
         module: this rank's part of the model, under the names of the whole.
@@ -32,27 +33,21 @@ class WholePipeline:
         self.names = {name: TIED.get(name, name) if tied else name for name, _ in module.named_parameters()}
 
     def whole_state(self) -> dict[str, Any]:
-        """All ranks must call it, and all get everything."""
+        """This rank's tensors and the groups of all ranks. All ranks must call it."""
         weights, moments = get_state_dict(self.module, self.optimizer)
-        mine = {
-            "model": {self.names[name]: tensor.cpu() for name, tensor in weights.items()},
-            "state": {
-                self.names[name]: {key: entry.cpu() for key, entry in entries.items()}
-                for name, entries in moments["state"].items()
+        groups = [[self.names[name] for name in group["params"]] for group in moments["param_groups"]]
+        by_rank: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(by_rank, groups)
+        return {
+            "model": {self.names[name]: tensor for name, tensor in weights.items()},
+            "optimizer": {
+                "state": {self.names[name]: entries for name, entries in moments["state"].items()},
+                "param_groups": [
+                    group | {"params": sorted({name for groups in by_rank for name in groups[number]})}
+                    for number, group in enumerate(moments["param_groups"])
+                ],
             },
-            "groups": [
-                group | {"params": [self.names[name] for name in group["params"]]} for group in moments["param_groups"]
-            ],
         }
-        stages: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(stages, mine)
-        model = {name: tensor for stage in stages for name, tensor in stage["model"].items()}
-        state = {name: entries for stage in stages for name, entries in stage["state"].items()}
-        groups = [
-            group | {"params": sorted({name for stage in stages for name in stage["groups"][number]["params"]})}
-            for number, group in enumerate(mine["groups"])
-        ]
-        return {"model": model, "optimizer": {"state": state, "param_groups": groups}}
 
     def load_whole_state(self, state: dict[str, Any]) -> None:
         """Take this rank's part of such a state, which may come from any strategy and number of ranks."""

@@ -19,7 +19,6 @@ from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
     PrepareModuleInput,
-    PrepareModuleInputOutput,
     RowwiseParallel,
     SequenceParallel,
     loss_parallel,
@@ -89,7 +88,7 @@ def main(config: TensorConfig) -> None:
             # Until the last micro-batch gradients add up locally, whole: that saves messages and costs memory.
             model.set_requires_gradient_sync(is_last)
             with loss_parallel():  # softmax over logits of which each rank has some columns; backward too
-                micro_loss_sum = model(tokens, targets)  # a sum over tokens, not a mean
+                micro_loss_sum = model(tokens, targets).to_local()  # a sum over tokens, whole on every rank
                 # Dividing by the tokens of the *global* batch makes the gradient the same for any accumulation; FSDP
                 # averages over the *data-parallel* ranks where the global batch wants the sum, hence their number.
                 scaler.scale(micro_loss_sum * dp / tokens_per_step).backward()
@@ -136,11 +135,11 @@ def tensor_parallelize(model: Transformer, mesh: DeviceMesh, sequence_parallel: 
         "blocks.*.ffn.up": ColwiseParallel(),
         "blocks.*.ffn.down": rows,
         "norm": norm,
-        # The loss that leaves the head is whole on every rank: `loss_parallel` has summed it.
-        "head": PrepareModuleInputOutput(**enter_head, output_layouts=Replicate(), desired_output_layouts=Replicate()),
+        "head": PrepareModuleInput(**enter_head),
     }
-    parallelize_module(model, mesh, plan)
-    if model.head.weight is not None:  # not tied: the embedding's weight, cut in the same way, otherwise
+    here = dict(model.named_children())  # a pipeline stage has no embedding, or no head
+    parallelize_module(model, mesh, {name: style for name, style in plan.items() if name.split(".")[0] in here})
+    if model.head and model.head.weight is not None:  # tied: the embedding's weight, cut in the same way
         model.head.weight = torch.nn.Parameter(distribute_tensor(model.head.weight, mesh, [Shard(0)]))
 
 
@@ -171,7 +170,7 @@ def evaluate(model: Transformer, dataset, batch_size: int, mesh: DeviceMesh, ran
     # A forward communicates: ranks with fewer samples join in with batches that do not count.
     for tokens, targets in evaluation_batches(dataset, batch_size, ranks.device, *place, same_count=True):
         with loss_parallel():
-            sums += torch.stack([model(tokens, targets).double(), count_valid(targets)])
+            sums += torch.stack([model(tokens, targets).to_local().double(), count_valid(targets)])
     # Over all ranks: those of a tensor group count each token as often as its loss.
     dist.all_reduce(sums)  # ranks may have had different numbers of samples: sums, never a mean of means
     loss, count = sums.tolist()
