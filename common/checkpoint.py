@@ -3,6 +3,8 @@
     checkpoints/step_120/shards-3f9c…/__0_0.distcp …   every rank's part, in a folder that only this attempt writes
     checkpoints/step_120/manifest.json                 written last: no manifest, no checkpoint
 
+    checkpoints/attempt                                who may commit here: the newest attempt of a run, no leftover
+
 `torch.distributed.checkpoint` writes and reshards; the names are those of the bare model, so that a checkpoint fits
 whatever wrapped the model when it was saved. Renaming a directory is no commit on a shared file system, where another
 node may see the rename before the data; here each rank syncs its files before the barrier, and rank 0 writes the
@@ -68,8 +70,8 @@ class WholeState(Protocol):
     """Stands in a model's place where torch cannot tell how model and optimizer are cut, because it was done by hand.
 
     The state is that which torch would give of the plain model: {"model": name → tensor, "optimizer": {"state": name →
-    entries, "param_groups": …}}. Of the tensors a rank gives those it has, whole or as DTensors; the ranks together give
-    all, and what several give is equal. The param_groups are those of the whole model on every rank.
+    entries, "param_groups": …}}. Of the tensors a rank gives those it has, whole or as DTensors; together the ranks
+    give all, and what several give is equal. The param_groups are those of the whole model on every rank.
     """
 
     module: torch.nn.Module
@@ -94,6 +96,24 @@ def _state(model: torch.nn.Module | WholeState, optimizer: torch.optim.Optimizer
     return {"model": weights, "optimizer": moments}
 
 
+def claim(folder: Path) -> str:
+    """Become the attempt that may commit in `folder`; none before it may any more. Call it on rank 0 alone.
+
+    Of an attempt whose node was lost, a process may still be there, and wake: requeued, the run goes on meanwhile.
+
+    Returns:
+        The attempt's name, for `save`.
+    """
+    name = uuid.uuid4().hex[:12]
+    (folder / f"attempt-{name}.tmp").write_text(name)
+    (folder / f"attempt-{name}.tmp").replace(folder / "attempt")
+    return name
+
+
+def _is_current(folder: Path, attempt: str | None) -> bool:
+    return attempt is None or (folder / "attempt").read_text() == attempt
+
+
 def save(
     folder: Path,
     step: int,
@@ -102,6 +122,7 @@ def save(
     ranks: Ranks,
     extra: dict[str, Any] | None = None,
     keep: int = 2,
+    attempt: str | None = None,
 ) -> Path:
     """Save the state after `step` steps into `folder`/step_N. All ranks must call it.
 
@@ -110,9 +131,11 @@ def save(
             its kind.
         extra: small JSON values that travel along (a gradient scaler's state, say).
         keep: older committed checkpoints beyond this many are removed, after the new one is committed.
+        attempt: on rank 0, what `claim` returned: nothing is committed, or removed, once another attempt has claimed.
 
     Raises:
-        SystemExit: (exit code 2, on all ranks) the files could not be written; earlier checkpoints are untouched.
+        SystemExit: (exit code 2, on all ranks) the files could not be written, or a newer attempt has taken over;
+            earlier checkpoints are untouched.
     """
     target = folder / f"step_{step}"
     shards = target / str(ranks.broadcast(f"shards-{uuid.uuid4().hex[:12]}"))
@@ -144,9 +167,18 @@ def save(
                 json.dump(manifest, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(target / "manifest.json")
-            _sync_folder(target)
-            _remove_old(folder, target, keep)
+            if _is_current(folder, attempt):
+                try:  # only where there is none: an attempt that stops right here, and wakes late, cannot replace one
+                    os.link(temporary, target / "manifest.json")
+                    temporary.unlink()
+                except OSError:  # there is one, of an attempt before this; or the file system knows no links
+                    if _is_current(folder, attempt):
+                        temporary.replace(target / "manifest.json")
+                _sync_folder(target)
+            if _is_current(folder, attempt):
+                _remove_old(folder, target, keep)
+            else:
+                problem = f"another attempt has taken over {folder}; this one ends, and leaves the checkpoints to it"
         except OSError as error:
             problem = f"checkpoint {target} could not be committed: {error}; earlier checkpoints are untouched"
     _fail_together(problem, ranks)

@@ -93,6 +93,7 @@ class Run:
 
         answer = ranks.broadcast(self._open_folder() if ranks.is_main else None)
         self.folder: Path = answer[0]
+        self._attempt: str | None = answer[3]
         self._resume_from: Path | None = answer[1]
         problem: str | None = answer[2]
         if problem:
@@ -111,42 +112,44 @@ class Run:
 
     # ---------------------------------------------------------------------------------------- the folder
 
-    def _open_folder(self) -> tuple[Path | None, Path | None, str | None]:
-        """On rank 0: choose and make the folder, and find the checkpoint to start from. Returns a problem as text."""
+    def _open_folder(self) -> tuple[Path | None, Path | None, str | None, str | None]:
+        """On rank 0: choose and make the folder, and find the checkpoint to start from.
+
+        Returns folder, checkpoint, a problem as text, and the attempt's name.
+        """
         script = Path(sys.argv[0])
         kind = f"{script.resolve().parent.name}-{script.stem}" if script.suffix == ".py" else "notebook"
         job = os.environ.get("SLURM_JOB_ID")  # a requeued job keeps its id, and finds its run again
         unique = f"job{job}" if job else f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         folder = Path(self.config.runs_dir) / (self.config.run_name or f"{kind}-{unique}")
-        start = None
+        start, goes_on = None, False
         try:
             if self.config.resume not in ("auto", "never"):
                 given = Path(self.config.resume)
                 start = checkpoint.latest(given / "checkpoints") or given
                 checkpoint.read_manifest(start)
             elif (folder / "config.yaml").is_file():
-                start = checkpoint.latest(folder / "checkpoints")
+                start, goes_on = checkpoint.latest(folder / "checkpoints"), True
                 before, now = yaml.safe_load((folder / "config.yaml").read_text()), to_dict(self.config)
                 changed = [key for key in MUST_MATCH if _lookup(before, key) != _lookup(now, key)]
                 if self.config.resume == "never":
-                    return (None, None, f"run {folder} exists already, and resume = never; choose another run_name")
+                    return None, None, f"run {folder} exists already, and resume = never; choose another run_name", None
                 if start and changed:
-                    return None, None, (
-                        f"run {folder} was made with other settings of {', '.join(changed)}; go on with the same ones "
-                        f"(--config {folder}/config.yaml), or choose another run_name"
-                    )  # fmt: skip
+                    found = f"run {folder} was made with other settings of {', '.join(changed)}"
+                    advice = f"go on with the same ones (--config {folder}/config.yaml), or choose another run_name"
+                    return None, None, f"{found}; {advice}", None
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             (folder / "stop").unlink(missing_ok=True)
+            attempt = checkpoint.claim(folder / "checkpoints")
+            if goes_on:  # until the claim another attempt could still commit, and remove
+                start = checkpoint.latest(folder / "checkpoints")
             (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
         except ValueError as error:
-            return None, None, f"resume = {self.config.resume}: {error}"
+            return None, None, f"resume = {self.config.resume}: {error}", None
         except OSError as error:
-            return (
-                None,
-                None,
-                f"run folder {folder}: {error.strerror}; choose a folder you can write to with --runs_dir",
-            )
-        return folder, start, None
+            advice = "choose a folder you can write to with --runs_dir"
+            return None, None, f"run folder {folder}: {error.strerror}; {advice}", None
+        return folder, start, None, attempt
 
     def _write_run_record(self, strategy: str, mesh: dict[str, int], fingerprint: str | None, hosts: list[str]) -> None:
         ranks = self.ranks
@@ -243,7 +246,7 @@ class Run:
             self._read_pending()
             extra = {"scaler": scaler.state_dict()} if scaler and scaler.is_enabled() else {}
             folder, keep = self.folder / "checkpoints", self.config.checkpoint.keep
-            checkpoint.save(folder, done, model, optimizer, self.ranks, extra, keep)
+            checkpoint.save(folder, done, model, optimizer, self.ranks, extra, keep, self._attempt)
             self._clock = time.perf_counter()  # saving is not part of a step
 
     # ------------------------------------------------------------------------------------------ the loop

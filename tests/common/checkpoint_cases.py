@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import os
 from pathlib import Path
 
 import torch
@@ -78,3 +79,45 @@ def load_fails(folder, options):
 def save_fails(folder, step):
     model, _, optimizer = build()
     return ended(checkpoint.save, Path(folder), step, model, optimizer, here())
+
+
+def leftover(folder):
+    """An attempt saves, another claims the folder, the first one goes on: how each of its saves ends."""
+    model, _, optimizer = build()
+    ranks = here()
+
+    def save(step, attempt):
+        return ended(checkpoint.save, Path(folder), step, model, optimizer, ranks, None, 2, attempt)
+
+    def claim():
+        ranks.barrier()
+        return checkpoint.claim(Path(folder)) if ranks.is_main else None
+
+    first = claim()
+    saves = [save(1, first)]
+    second = claim()
+    saves += [save(2, first), save(2, second), save(3, first), save(1, first)]
+    return saves, sorted(path.name for path in Path(folder).iterdir() if (path / "manifest.json").exists())
+
+
+def wakes_before_the_commit(folder, committed_meanwhile):
+    """One process: an attempt stops right before its commit; another takes over, commits or not; the first wakes."""
+    model, _, optimizer = build()
+    first, other, link = checkpoint.claim(Path(folder)), [], os.link
+
+    def late(*args):
+        os.link = link  # once
+        other.append(checkpoint.claim(Path(folder)))
+        if committed_meanwhile:
+            checkpoint.save(Path(folder), 1, model, optimizer, here(), {"by": "second"}, 2, other[0])
+        return link(*args)
+
+    os.link = late
+    try:
+        end = ended(checkpoint.save, Path(folder), 1, model, optimizer, here(), {"by": "first"}, 2, first)
+    finally:
+        os.link = link
+    found = checkpoint.load(checkpoint.latest(Path(folder)), model, optimizer, here())["extra"]["by"]
+    checkpoint.save(Path(folder), 1, model, optimizer, here(), {"by": "second"}, 2, other[0])
+    then = checkpoint.load(checkpoint.latest(Path(folder)), model, optimizer, here())["extra"]["by"]
+    return end, found, then, len(list((Path(folder) / "step_1").glob("shards-*")))

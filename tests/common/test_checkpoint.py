@@ -109,3 +109,22 @@ def test_a_folder_that_cannot_be_written(group, tmp_path):
         assert "could not be written" in line
         assert "earlier checkpoints are untouched" in line
     assert group(2)(CASES, "latest_step", str(tmp_path)) == ["step_2", "step_2"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_leftover_of_a_dead_attempt_commits_nothing(group, tmp_path, ranks):
+    """Once another attempt has claimed the folder, the first one's saves end it, on all ranks, and remove nothing."""
+    for saves, committed in group(ranks)(CASES, "leftover", str(tmp_path)):
+        assert [code for code, _ in saves] == [0, 2, 0, 2, 2]
+        assert all("another attempt has taken over" in words for code, words in saves if code)
+        assert committed == ["step_1", "step_2"]
+
+
+@pytest.mark.parametrize("committed_meanwhile", [True, False])
+def test_a_leftover_that_wakes_in_its_commit(group, tmp_path, committed_meanwhile):
+    """It replaces no manifest; where there is none yet its own is whole, and the new attempt may replace it."""
+    [(end, found, then, shards)] = group(1)(CASES, "wakes_before_the_commit", str(tmp_path), committed_meanwhile)
+    assert end[0] == 2
+    assert "another attempt has taken over" in end[1]
+    assert (found, then) == ("second" if committed_meanwhile else "first", "second")
+    assert shards == 1

@@ -1,0 +1,233 @@
+"""Questions: SQuAD's format, what counts as a target, contexts that are too long, and the official scores."""
+
+import json
+
+import pytest
+import torch
+
+from common.question_answering import (
+    Question,
+    QuestionDataset,
+    QuestionsConfig,
+    exact_match,
+    f1,
+    left_padded,
+    load_tokenizer,
+    most_frequent_answer,
+    normalise,
+    prompt_of,
+    question_sets,
+    questions_of,
+    read_questions,
+    score,
+    standard_library_questions,
+)
+
+CONTEXT = "The river Oder, 854 km long, flows north."
+QUESTION = Question("1", CONTEXT, "Which river?", ("Oder", "the river Oder"), CONTEXT.index("Oder"))
+NOTHING = Question("2", CONTEXT, "Which lake?", ())
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(None)
+
+
+def tree(**changes):
+    """A data set of one question; `changes` replace or (None) remove entries of it."""
+    entry = {"id": "1", "question": "Which river?", "answers": [{"text": "Oder", "answer_start": 10}]} | changes
+    entry = {name: value for name, value in entry.items() if value is not None}
+    return {"data": [{"title": "t", "paragraphs": [{"context": CONTEXT, "qas": [entry]}]}]}
+
+
+# ------------------------------------------------------------------------------------------------------- questions
+
+
+def test_both_versions_of_the_format():
+    [question] = questions_of(tree(), "here")
+    assert question == Question("1", CONTEXT, "Which river?", ("Oder",), 10)
+    plausible = [{"text": "Oder", "answer_start": 10}]  # what version 2.0 keeps beside a question without answer
+    [question] = questions_of(tree(is_impossible=True, answers=[], plausible_answers=plausible), "here")
+    assert question.answers == ()
+
+
+@pytest.mark.parametrize(("data", "words"), [
+    (tree(answers=[{"text": "Oder", "answer_start": 9}]), "question 1: the answer 'Oder' is not at answer_start = 9"),
+    (tree(answers=[{"text": "854", "answer_start": -1}]), "answer_start = -1"),
+    (tree(answers=[{"text": "", "answer_start": 3}]), "the answer '' is not at"),
+    (tree(answers=None), "is not in SQuAD's format (KeyError: 'answers')"),
+    (tree(question=None), "is not in SQuAD's format (KeyError: 'question')"),
+    ([{"question": "Which river?"}], "is not in SQuAD's format (TypeError"),
+    ({"data": []}, "holds no questions"),
+], ids=["shifted", "negative", "empty", "no answers", "no question", "another format", "nothing"])  # fmt: skip
+def test_a_file_that_is_not_squad(tmp_path, capsys, data, words):
+    (tmp_path / "some.json").write_text(json.dumps(data))
+    with pytest.raises(SystemExit) as ended:
+        read_questions(str(tmp_path / "some.json"))
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "some.json" in message
+    assert words in message
+
+
+def test_a_file_that_is_not_json(tmp_path, capsys):
+    (tmp_path / "some.json").write_bytes(b"\xff{")
+    for path, words in ((tmp_path / "some.json", "is not JSON"), (tmp_path / "none.json", "No such file")):
+        with pytest.raises(SystemExit):
+            read_questions(str(path))
+        assert words in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """The two embedded sets as files."""
+    folder = tmp_path_factory.mktemp("embedded")
+    for name, part in zip(("train.json", "validation.json"), standard_library_questions(), strict=True):
+        (folder / name).write_text(json.dumps(part))
+    return folder
+
+
+def test_the_standard_library_asks_about_itself(embedded):
+    """Spans are checked by the reader; that they are the defaults is checked against the functions themselves."""
+    import inspect
+    import textwrap
+
+    sets = [read_questions(str(embedded / name)) for name in ("train.json", "validation.json")]
+    assert len(sets[0]) > 3 * len(sets[1]) > 500
+    assert not {q.context for q in sets[0]} & {q.context for q in sets[1]}
+    for part in sets:
+        assert 0.1 < sum(not q.answers for q in part) / len(part) < 0.5
+    signature = f"fill{inspect.signature(textwrap.fill)}"
+    about = {q.question: q.answers for part in sets for q in part if q.context.startswith(signature)}
+    assert about == {"What is the default of width?": ("70",), "What is the default of text?": ()}
+
+
+def test_validation_samples(embedded):
+    paths = str(embedded / "train.json"), str(embedded / "validation.json")
+    few = question_sets(QuestionsConfig(*paths, validation_samples=7))[1]
+    everything = question_sets(QuestionsConfig(*paths, validation_samples=0))[1]
+    assert len(few) == 7
+    assert len({q.id for q in few} & {q.id for q in everything}) == 7
+    assert len(everything) > 300
+
+
+# ---------------------------------------------------------------------------------------------------------- tokens
+
+
+def text_of(tokenizer, ids):
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_bytes(tokenizer):
+    ids = tokenizer("é\n")["input_ids"]
+    assert len(tokenizer) == 257
+    assert len(ids) == 3
+    assert tokenizer.eos_token_id == 256
+    assert text_of(tokenizer, [*ids, 256]) == "é\n"
+
+
+def test_only_the_answer_counts(tokenizer):
+    dataset = QuestionDataset([QUESTION, NOTHING], tokenizer, 96, keep_answer=True)
+    for (tokens, targets), question, answer in zip(dataset, (QUESTION, NOTHING), (" Oder", ""), strict=False):
+        prompt = f"{CONTEXT}\nQuestion: {question.question}\nAnswer:"
+        counted = targets != -100
+        assert tokens.shape == targets.shape == (96,)
+        assert text_of(tokenizer, targets[counted]) == answer
+        assert targets[counted][-1] == 256
+        assert int(counted.sum()) == len(answer) + 1
+        first = int(counted.nonzero()[0])
+        assert text_of(tokenizer, tokens[: first + 1]) == prompt  # the last token of the prompt predicts the first
+        assert torch.equal(tokens[first + 1 : first + 1 + len(answer)], targets[first : first + len(answer)])
+        assert (tokens[first + 1 + len(answer) :] == 256).all()
+    assert dataset.describe().startswith("2 samples, 7 answer tokens, 23% of 96 tokens a sample padding; 0 contexts")
+
+
+def test_a_long_context_is_shortened_around_its_answer(tokenizer):
+    """At every length the answer is whole and inside what is kept; where that cannot be, the sample is refused."""
+    context = "x" * 50 + " north 854 km " + "y" * 50
+    question = Question("1", context, "How long?", ("854 km",), context.index("854"))
+    fixed = len("\nQuestion: How long?\nAnswer:") + len(" 854 km")
+    for length in range(20, 160):
+        kept = min(114, length - fixed)  # one target more than tokens, the end
+        if kept < 6:
+            with pytest.raises(SystemExit):
+                QuestionDataset([question], tokenizer, length, keep_answer=True)
+            dataset = QuestionDataset([question, NOTHING], tokenizer, length, True) if length > 35 else None
+            assert dataset is None or dataset.refused == 1
+            continue
+        dataset = QuestionDataset([question], tokenizer, length, keep_answer=True)
+        tokens, targets = dataset[0]
+        assert (dataset.refused, dataset.shortened) == (0, int(kept < 114))
+        prompt = text_of(tokenizer, tokens).split("\nQuestion:")[0]
+        assert len(prompt) == kept
+        assert prompt in context
+        assert "854 km" in prompt
+        assert text_of(tokenizer, targets[targets != -100]) == " 854 km"
+
+
+def test_nobody_looks_at_the_answer_in_evaluation(tokenizer):
+    for start in (10, 30):
+        question = Question("1", CONTEXT, "Which?", (CONTEXT[start : start + 4],), start)
+        prompt, cut = prompt_of(question, tokenizer, 40, keep_answer=False)
+        assert cut
+        assert len(prompt) == 40
+        assert text_of(tokenizer, prompt) == CONTEXT[:15] + "\nQuestion: Which?\nAnswer:"
+    prompt, cut = prompt_of(QUESTION, tokenizer, 12, keep_answer=False)  # not even the question fits: its end
+    assert (text_of(tokenizer, prompt), cut) == ("ver?\nAnswer:", True)
+
+
+def test_prompts_end_together():
+    tokens, mask = left_padded([[1, 2, 3], [4]], 9, torch.device("cpu"))
+    assert tokens.tolist() == [[1, 2, 3], [9, 9, 4]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+# ---------------------------------------------------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("The  Oder!", "oder"),
+    ("an apple a day", "apple day"),
+    ("theatre Ana", "theatre ana"),
+    ("U.S.A.", "usa"),  # punctuation goes without leaving a space
+    ("a-b", "ab"),  # … and before the articles: "a" is none here
+    ("x-the y", "xthe y"),
+    ("'", ""),
+    ("the", ""),
+    ("„Oder“", "„oder“"),  # ASCII punctuation only
+    ("two\n words\t", "two words"),
+])  # fmt: skip
+def test_normalise(text, expected):
+    assert normalise(text) == expected
+
+
+@pytest.mark.parametrize(("answer", "gold", "exact", "overlap"), [
+    ("the Oder", "Oder", 1, 1),
+    ("river Oder", "Oder", 0, 2 * 0.5 * 1 / 1.5),
+    ("Oder Oder Neisse", "Oder Neisse Neisse", 0, 2 / 3),  # words are counted: one Oder and one Neisse in common
+    ("Elbe", "Oder", 0, 0),
+    ("", "Oder", 0, 0),
+    ("Oder", "", 0, 0),
+    ("", "", 1, 1),
+    ("the", "", 1, 1),
+])  # fmt: skip
+def test_scores_of_one_answer(answer, gold, exact, overlap):
+    assert exact_match(answer, gold) == exact
+    assert f1(answer, gold) == pytest.approx(overlap, abs=1e-12)
+
+
+def test_score_by_hand():
+    """The best of the right answers; nothing is right where there is none; an article alone is no right answer."""
+    articles = Question("3", CONTEXT, "Which word is first?", ("The", "river"), 0)
+    asked = [QUESTION, QUESTION, NOTHING, NOTHING, articles, articles]
+    answers = ["river Oder", "Oder flows", "", "Oder", "", "River."]
+    # 0: the same as "the river Oder". 1: with "Oder" 2 · (1/2 · 1) / (3/2) = 2/3. 4: "The" does not count, "river" does.
+    assert score(answers, asked) == (pytest.approx(100 * 3 / 6), pytest.approx(100 * (1 + 2 / 3 + 1 + 0 + 0 + 1) / 6))
+    with pytest.raises(ValueError, match="longer"):
+        score(answers[:-1], asked)
+
+
+def test_the_most_frequent_answer():
+    assert most_frequent_answer([QUESTION, QUESTION, NOTHING]) == "Oder"
+    assert most_frequent_answer([QUESTION, NOTHING, NOTHING]) == ""
