@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import uuid
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -54,7 +55,8 @@ def _sync_folder(folder: Path) -> None:
     os.close(descriptor)
 
 
-def _checksum(path: Path) -> dict[str, Any]:
+def checksum(path: Path) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file, as a manifest has them."""
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
@@ -142,9 +144,11 @@ def save(
     state, problem, files = _state(model, optimizer), None, {}
     try:
         shards.mkdir(parents=True, exist_ok=True)
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(shards, sync_files=True))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process: as meant
+            dcp.save(state, storage_writer=dcp.FileSystemWriter(shards, sync_files=True))
         mine = [f"__{ranks.rank}_*.distcp"] + ([".metadata"] if ranks.is_main else [])
-        files = {path.name: _checksum(path) for pattern in mine for path in sorted(shards.glob(pattern))}
+        files = {path.name: checksum(path) for pattern in mine for path in sorted(shards.glob(pattern))}
         _sync_folder(shards)
     except (OSError, dcp.CheckpointException) as error:
         problem = f"checkpoint {target} could not be written: {error}; earlier checkpoints are untouched"
@@ -257,7 +261,7 @@ def load(
     shards = checkpoint / manifest["shards"]
     names = sorted(manifest["files"])[ranks.rank :: ranks.world_size]  # each rank checks its share of the files
     try:
-        bad = [name for name in names if _checksum(shards / name) != manifest["files"][name]]
+        bad = [name for name in names if checksum(shards / name) != manifest["files"][name]]
         problem = (
             f"{shards / bad[0]} does not have the checksum of its manifest; use another checkpoint" if bad else None
         )
@@ -276,7 +280,9 @@ def load(
     kind = type(optimizer).__name__ if optimizer else None
     if optimizer and kind != manifest["optimizer"]:
         fail(f"{checkpoint} is of {manifest['optimizer']}, this run uses {kind}; set optimizer.name to match")
-    dcp.load(state, storage_reader=dcp.FileSystemReader(shards))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process: as it was meant
+        dcp.load(state, storage_reader=dcp.FileSystemReader(shards))
     if isinstance(model, WholeState):
         model.load_whole_state(state)
     elif optimizer is None:

@@ -284,6 +284,12 @@ def join(device: str = "auto", timeout_s: float = 600.0, network_profile: str = 
         SystemExit: (exit code 2) half-set environment, no device, port in use, a rank that never came.
     """
     place = read_environment()
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        fail(
+            f"torchrun has restarted the ranks (restart {restarts}), and its store still has the addresses of the dead "
+            f"ones, which Gloo would try; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun --max-restarts"
+        )
     try:
         network.apply(network_profile)
     except ValueError as error:
@@ -310,7 +316,7 @@ def join(device: str = "auto", timeout_s: float = 600.0, network_profile: str = 
                 MASTER_PORT=str(place.master_port),
             )
             dist.init_process_group(backend, timeout=timeout, device_id=device_id)
-    except (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError) as error:
+    except RuntimeError as error:  # torch.distributed's own errors among them
         where, reason = f"{place.master_addr}:{place.master_port}", str(error).splitlines()[0].rstrip(".")
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             fail(f"port {where} is in use by another program; set MASTER_PORT to a free one for all ranks")

@@ -120,6 +120,10 @@ class Run:
         script = Path(sys.argv[0])
         kind = f"{script.resolve().parent.name}-{script.stem}" if script.suffix == ".py" else "notebook"
         job = os.environ.get("SLURM_JOB_ID")  # a requeued job keeps its id, and finds its run again
+        restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+        if restarts != "0" and not job and not self.config.run_name:
+            found = f"torchrun --max-restarts={restarts} without --run_name"
+            return None, None, f"{found}: a restart would begin a new run, not go on; give the run a name", None
         unique = f"job{job}" if job else f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         folder = Path(self.config.runs_dir) / (self.config.run_name or f"{kind}-{unique}")
         start, goes_on = None, False

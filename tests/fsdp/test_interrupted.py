@@ -1,0 +1,108 @@
+"""Runs whose ranks die, stop or are started twice: what was committed goes on, and nothing else is ever loaded."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from equality import SMALL, largest_difference, read_checkpoint, read_rows
+from launching import ROOT, clean_environment, kill_tree, run_command
+
+SCRIPT, STEPS = "fsdp/train.py", 12
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def arguments(folder, name):
+    options = ["--train.steps", str(STEPS), "--train.precision", "fp64", "--checkpoint.every", "2"]
+    return [*SMALL, *options, "--runs_dir", str(folder), "--run_name", name]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(group, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    group(2)("tests/ddp/cases.py", "train", SCRIPT, arguments(folder, "run"))
+    return folder / "run"
+
+
+def assert_same(one, other):
+    """Two ranks on one machine, fp64: bitwise; each step logged once."""
+    assert largest_difference(read_checkpoint(one, STEPS), read_checkpoint(other, STEPS)) == 0
+    assert [row["step"] for row in read_rows(other)] == list(range(STEPS))
+    assert [row["loss"] for row in read_rows(other)] == [row["loss"] for row in read_rows(one)]
+
+
+@pytest.fixture
+def dies_once(tmp_path):
+    """The script; its rank 1 is killed in step 5, unless torchrun has restarted it."""
+    text = (
+        "import os, runpy, signal, sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'fsdp')!r})\n"
+        "from common.run import Run\n"
+        "log = Run.log\n"
+        "def log_or_die(self, step, *rest):\n"
+        "    if step == 5 and self.ranks.rank == 1 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    log(self, step, *rest)\n"
+        "Run.log = log_or_die\n"
+        f"runpy.run_path({str(ROOT / SCRIPT)!r}, run_name='__main__')\n"
+    )
+    (tmp_path / "dies_once.py").write_text(text)
+    return str(tmp_path / "dies_once.py")
+
+
+def test_torchrun_restarts_a_rank_that_died(undisturbed, dies_once, tmp_path):
+    """All ranks are started again, and go on from the checkpoint: the training of nobody who died."""
+    store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "DEVICE": "cpu"}
+    command = [*TORCHRUN, "--max-restarts=1", dies_once, *arguments(tmp_path, "run")]
+    result = run_command(command, 180, **store)
+    assert f"resumed from {tmp_path}/run/checkpoints/step_4: 4 steps done" in result.stdout
+    assert_same(undisturbed, tmp_path / "run")
+
+
+def test_a_restart_with_the_old_store_says_so(dies_once, tmp_path):
+    command = [*TORCHRUN, "--max-restarts=1", dies_once, *arguments(tmp_path, "run")]
+    result = run_command(command, 120, check=False, DEVICE="cpu")
+    assert result.returncode == 1  # torchrun's, for a script that ended with 2
+    errors = [line for line in result.stderr.splitlines() if "error: torchrun has restarted the ranks" in line]
+    assert len(errors) == 2
+    assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in errors[0]
+
+
+def test_a_restart_needs_the_name_of_the_run(tmp_path):
+    options = arguments(tmp_path, "run")[:-2]
+    result = run_command([*TORCHRUN, "--max-restarts=1", SCRIPT, *options], 120, check=False, DEVICE="cpu")
+    assert result.returncode == 1
+    assert "--max-restarts=1 without --run_name" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_leftover_that_wakes_up_ends_itself(undisturbed, tmp_path):
+    """All processes of an attempt stop while they write a checkpoint, as on a node that hangs; another one finishes the
+    run, and then the first ones go on."""
+    command, run = [*TORCHRUN, SCRIPT, *arguments(tmp_path, "run")], tmp_path / "run"
+    first = subprocess.Popen(command, cwd=ROOT, env=clean_environment(DEVICE="cpu"), stdin=subprocess.DEVNULL,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not any(not (p.parent / "manifest.json").exists() for p in run.glob("checkpoints/step_[2-8]/shards-*")):
+            assert first.poll() is None, first.communicate()[1]
+            assert time.monotonic() < deadline, "no checkpoint was begun"
+            time.sleep(0.001)
+        family = [*psutil.Process(first.pid).children(recursive=True), psutil.Process(first.pid)]
+        for process in family:
+            os.kill(process.pid, signal.SIGSTOP)
+        assert len(list(run.glob("checkpoints/step_*/manifest.json"))) < STEPS // 2
+        run_command(command, 120, DEVICE="cpu")
+        before = {path: path.stat().st_mtime_ns for path in run.glob("checkpoints/step_*/manifest.json")}
+        for process in family:
+            os.kill(process.pid, signal.SIGCONT)
+        _, errors = first.communicate(timeout=120)
+    finally:
+        kill_tree(first)
+    assert first.returncode == 1
+    assert "another attempt has taken over" in errors
+    assert {path: path.stat().st_mtime_ns for path in run.glob("checkpoints/step_*/manifest.json")} == before
+    assert_same(undisturbed, run)
