@@ -96,8 +96,8 @@ def questions_of(tree: Any, where: str) -> list[Question]:
                         if start < 0 or not text or context[start : start + len(text)] != text:
                             there = context[max(0, start) : max(0, start) + len(text)]
                             fail(
-                                f"{where}: question {name}: the answer {text!r} is not at answer_start = {start} of its "
-                                f"context, {there!r} is; correct the file"
+                                f"{where}: question {name}: the answer {text!r} is not at answer_start = {start} of "
+                                f"its context, {there!r} is; correct the file"
                             )
                     first = answers[0]["answer_start"] if answers else 0
                     found.append(Question(name, context, asked, tuple(a["text"] for a in answers), first))
@@ -262,9 +262,7 @@ class QuestionDataset:
             self.shortened += cut
             self.samples.append((np.array(prompt + answer, dtype=np.int32), len(prompt)))
         if not self.samples:
-            fail(
-                f"none of {len(questions)} questions fits into data.sequence_length = {sequence_length} tokens; raise it"
-            )
+            fail(f"none of {len(questions)} questions fits data.sequence_length = {sequence_length} tokens; raise it")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -282,8 +280,8 @@ class QuestionDataset:
         length, tokens = self.sequence_length, sum(len(sample) - 1 for sample, _ in self.samples)
         answers = sum(len(sample) - prompt for sample, prompt in self.samples)
         return (
-            f"{len(self):,} samples, {answers:,} answer tokens, {1 - tokens / len(self) / length:.0%} of {length} tokens "
-            f"a sample padding; {self.shortened:,} contexts shortened, {self.refused:,} samples refused"
+            f"{len(self):,} samples, {answers:,} answer tokens, {1 - tokens / len(self) / length:.0%} of {length} "
+            f"tokens a sample padding; {self.shortened:,} contexts shortened, {self.refused:,} samples refused"
         )
 
     def fingerprint(self) -> str:

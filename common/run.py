@@ -410,13 +410,13 @@ class Run:
         status = "finished" if self._done >= steps else "stopped"
         ended = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self.record |= {"status": status, "steps_done": self._done, "ended": ended, "peak_memory_bytes": peaks}
+        self.record |= self._utilisation()
         (self.folder / "run.json").write_text(json.dumps(self.record, indent=1) + "\n")
         if self._done == self.first_step:
             print(f"\nnothing to do: {self._done} of {steps} steps were done already; run folder {self.folder}")
             return
         plot_loss(self.rows, self.validation, self.folder / "loss.png")
-        steady = self.rows[1:] or self.rows  # the first step allocates and compiles
-        rate = statistics.median(row[f"{self.unit}_per_second"] for row in steady)
+        rate = self.record[f"{self.unit}_per_second"]
         val = f"{self.validation[max(self.validation)]:.4f}" if self.validation else "not evaluated"
         again = f"torchrun --nproc-per-node={self.ranks.world_size}" if self.ranks.world_size > 1 else "python"
         more = f"{again} {sys.argv[0]} --config {self.folder}/config.yaml --run_name {self.folder.name}"
@@ -430,6 +430,18 @@ class Run:
             f"  to go on         {more}{f' --train.steps {2 * steps}' if status == 'finished' else ''}",
             flush=True,
         )
+
+    def _utilisation(self) -> dict[str, Any]:
+        """Medians over the steps: speed, and the model's FLOP/s on each rank, of which MFU is the part of the peak."""
+        steady = self.rows[1:] or self.rows  # the first step allocates and compiles
+        if not steady:
+            return {}
+        rate = statistics.median(row[f"{self.unit}_per_second"] for row in steady)
+        each = rate * self.flops_per_unit / self.ranks.world_size if self.flops_per_unit else None
+        mfu = None
+        if self.flops_per_unit:
+            mfu = flops.mfu(rate, self.flops_per_unit, self.peak_flops, self.ranks.world_size)
+        return {f"{self.unit}_per_second": rate, "model_flops_per_second_per_rank": each, "mfu": mfu}
 
 
 def peak_memory_bytes(device: torch.device) -> int:

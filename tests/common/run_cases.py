@@ -25,8 +25,9 @@ def log(run, step, value=None):
     run.log(step, loss_sum, torch.tensor(1.0), 0.1)
 
 
-def log_five_steps(folder):
+def log_five_steps(folder, flops_per_unit=None, peak_flops=None):
     run = start(folder)
+    run.flops_per_unit, run.peak_flops = flops_per_unit, peak_flops
     for step in run.steps():
         log(run, step)
     run.finish()

@@ -222,7 +222,7 @@ def test_score_by_hand():
     articles = Question("3", CONTEXT, "Which word is first?", ("The", "river"), 0)
     asked = [QUESTION, QUESTION, NOTHING, NOTHING, articles, articles]
     answers = ["river Oder", "Oder flows", "", "Oder", "", "River."]
-    # 0: the same as "the river Oder". 1: with "Oder" 2 · (1/2 · 1) / (3/2) = 2/3. 4: "The" does not count, "river" does.
+    # 0: as "the river Oder". 1: with "Oder" 2 · (1/2 · 1) / (3/2) = 2/3. 4: "The" does not count, "river" does.
     assert score(answers, asked) == (pytest.approx(100 * 3 / 6), pytest.approx(100 * (1 + 2 / 3 + 1 + 0 + 0 + 1) / 6))
     with pytest.raises(ValueError, match="longer"):
         score(answers[:-1], asked)

@@ -1,6 +1,7 @@
 """The run record: what is counted, when it is read, and what the folder is called."""
 
 import json
+import statistics
 
 import pytest
 
@@ -47,6 +48,19 @@ def test_the_record_says_what_ran(group, tmp_path):
     assert record["data_fingerprint"] == "fingerprint"
     assert (record["status"], record["steps_done"]) == ("finished", 5)
     assert record["versions"].keys() == {"python", "torch", "numpy"}
+
+
+@pytest.mark.parametrize(("flops", "peak"), [(None, None), (6e6, None), (6e6, 1e12)])
+def test_utilisation_in_the_record(group, tmp_path, flops, peak):
+    """Speed without the first step; the model's FLOP/s on each of two ranks, and what part of the peak that is."""
+    group(2)(CASES, "log_five_steps", str(tmp_path), flops, peak)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rate = statistics.median(row["tokens_per_second"] for row in rows[1:] if "loss" in row)
+    assert record["tokens_per_second"] == rate
+    each = flops and rate * flops / 2
+    assert record["model_flops_per_second_per_rank"] == each
+    assert record["mfu"] == (pytest.approx(each / peak) if peak else None)
 
 
 def test_tensorboard_gets_the_curve(group, tmp_path):
