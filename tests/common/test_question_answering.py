@@ -205,7 +205,8 @@ def test_normalise(text, expected):
 @pytest.mark.parametrize(("answer", "gold", "exact", "overlap"), [
     ("the Oder", "Oder", 1, 1),
     ("river Oder", "Oder", 0, 2 * 0.5 * 1 / 1.5),
-    ("Oder Oder Neisse", "Oder Neisse Neisse", 0, 2 / 3),  # words are counted: one Oder and one Neisse in common
+    ("Oder Oder", "Oder Oder Neisse", 0, 2 * 2 / 5),  # words are counted: Oder is in common twice
+    ("Oder Oder Neisse", "Oder Neisse Neisse", 0, 2 / 3),  # here Oder and Neisse once each
     ("Elbe", "Oder", 0, 0),
     ("", "Oder", 0, 0),
     ("Oder", "", 0, 0),

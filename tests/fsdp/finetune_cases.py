@@ -1,0 +1,118 @@
+"""What the ranks of a `group` run for test_finetune.py."""
+
+import contextlib
+import importlib.util
+import io
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "ddp"))
+
+import cases
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = "fsdp/finetune.py"
+
+
+@contextlib.contextmanager
+def double_norms():
+    """Let Llama's norm compute in the dtype of its input: transformers rounds to fp32 inside it, in fp64 too.
+
+    A sum that differs in its last bit of 2^-53 is then now and then rounded to another fp32 number, 6e-8 away.
+    """
+    import torch.nn.functional as F
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    usual = LlamaRMSNorm.forward
+    LlamaRMSNorm.forward = lambda self, x: F.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
+    try:
+        yield
+    finally:
+        LlamaRMSNorm.forward = usual
+
+
+def train(arguments: list[str]) -> None:
+    """Run the script on this rank."""
+    with double_norms():
+        cases.train(SCRIPT, arguments)
+
+
+def printed(arguments: list[str]) -> str:
+    """Run the script on this rank; what it printed."""
+    stdout = io.StringIO()
+    with contextlib.redirect_stdout(stdout):
+        train(arguments)
+    return stdout.getvalue()
+
+
+def train_until(arguments: list[str], steps: int) -> None:
+    """Run the script, and tell it to stop when `steps` steps are done."""
+    with double_norms():
+        cases.train_until(SCRIPT, arguments, steps)
+
+
+def asked_and_answered(arguments: list[str]) -> tuple[list[str], list[str], list[int]]:
+    """Run the script: ids and answers that were scored at the end, and the prompts in each batch of this rank."""
+    from common import question_answering
+
+    score, left_padded = question_answering.score, question_answering.left_padded
+    scored, batches = {}, []
+
+    def keep(answers, questions):
+        scored.setdefault("all", ([question.id for question in questions], answers))
+        return score(answers, questions)
+
+    def count(prompts, *rest):
+        batches.append(len(prompts))
+        return left_padded(prompts, *rest)
+
+    question_answering.score, question_answering.left_padded = keep, count
+    try:
+        train(arguments)
+    finally:
+        question_answering.score, question_answering.left_padded = score, left_padded
+    return *scored["all"], batches
+
+
+def ends_without(package: str, arguments: list[str]) -> tuple[int, str]:
+    """How the script ends where a package is not installed."""
+    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == package}
+    sys.modules[package] = None
+    try:
+        return cases.ends(SCRIPT, arguments)
+    finally:
+        del sys.modules[package]
+        sys.modules.update(kept)
+
+
+def lesson():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("finetune_under_test", ROOT / SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(ROOT / "fsdp"))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(ROOT / "fsdp"))
+        for name in ("settings", "finetune_settings"):
+            sys.modules.pop(name, None)
+    return module
+
+
+def counted(path: str) -> tuple[int, int]:
+    """Tokens of this rank's part of step 0 that count, and what the script makes of them."""
+    import torch
+    import torch.distributed as dist
+
+    from common.data_sharding import BatchConfig, BatchPlan, Loader
+    from common.question_answering import QuestionDataset, load_tokenizer, read_questions
+
+    dataset = QuestionDataset(read_questions(path), load_tokenizer(None), 80, keep_answer=True)
+    plan = BatchPlan(BatchConfig(48, 4), len(dataset), 1234, dist.get_rank(), dist.get_world_size())
+    micro_batches = list(Loader(dataset, plan, torch.device("cpu")).micro_batches(0))
+    mine = sum(int((targets != -100).sum()) for (_, targets), _ in micro_batches)
+    return mine, int(lesson().count_tokens(micro_batches))
+
+
+for case in (train, printed, train_until, asked_and_answered, ends_without):
+    case.joins_itself = True
