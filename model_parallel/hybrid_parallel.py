@@ -53,8 +53,9 @@ def main(config: HybridConfig) -> None:
     optimizer = build_optimizer(model.parameters(), config.optimizer, ranks.device)
     state = StageState(model, optimizer, config.model.tied)
     # The first and the last stage of each column of the mesh: they hold the same slice and shard of a tied weight.
-    columns = mesh.mesh[[0, -1]].flatten(1).T.tolist()
-    first_and_last, _ = dist.new_subgroups_by_enumeration(columns)  # all ranks must call it
+    column = dist.get_process_group_ranks(mesh["pp"].get_group())
+    ends = sorted(set(ranks.all_gather((column[0], column[-1]))))
+    first_and_last, _ = dist.new_subgroups_by_enumeration(ends)  # all ranks must call it
 
     flops = flops_per_token(config.model, config.data.sequence_length)
     alone, _ = dist.new_subgroups(1)  # no other rank holds what this one does

@@ -1,0 +1,1 @@
+"""Predict memory and communication of a training before it is launched."""
