@@ -28,8 +28,17 @@ def mistakes(room: str) -> dict[str, tuple[str, str, str, str]]:
 MISTAKES = {(room, name): row for room in sorted({room for room, _ in ALL}) for name, row in mistakes(room).items()}
 
 
-def each(keys):
-    return pytest.mark.parametrize(("room", "name"), keys, ids=[f"{room}: {name}" for room, name in keys])
+FIRST = {(room, row[0]): (room, name) for (room, name), row in reversed(MISTAKES.items())}  # one for each exercise
+
+
+def each(keys, ordinary=None):
+    """One test for each key; those that are not among `ordinary`, if that is given, are slow."""
+    marked = [
+        pytest.param(room, name, id=f"{room}: {name}", marks=() if ordinary is None or (room, name) in ordinary
+                     else pytest.mark.slow)
+        for room, name in keys
+    ]  # fmt: skip
+    return pytest.mark.parametrize(("room", "name"), marked)
 
 
 def test_every_exercise_has_mistakes():
@@ -52,7 +61,7 @@ def test_a_lab_runs_green_with_a_falling_loss(room: str, name: str, tmp_path: Pa
     graded.assert_lab_looks_well(room, ALL[room, name], tmp_path)
 
 
-@each(list(MISTAKES))
+@each(list(MISTAKES), ordinary=set(FIRST.values()))
 def test_a_mistake_gets_its_message(room: str, name: str, tmp_path: Path) -> None:
     exercise, right, wrong, told = MISTAKES[room, name]
     graded.assert_told(graded.grade_mistake(ALL[room, exercise], right, wrong, tmp_path), told)

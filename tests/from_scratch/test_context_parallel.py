@@ -15,7 +15,7 @@ CASES = "tests/from_scratch/cp_cases.py"
 
 @pytest.mark.parametrize("kv_heads", [6, 2], ids=["all heads", "grouped"])
 @pytest.mark.parametrize("balanced", [False, True], ids=["plain", "balanced"])
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_ring_attention(group, ranks, balanced, kv_heads):
     """fp64 and values of order 1 to 100: some 1e-14."""
     for seen, sends in group(ranks)(CASES, "attention", balanced, kv_heads, torch.float64):
@@ -32,7 +32,7 @@ def test_ring_attention_in_bf16(group):
 
 
 @pytest.mark.parametrize("balanced", [False, True], ids=["plain", "balanced"])
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_training_is_that_of_one_process(group, ranks, balanced):
     """As for the other strategies: 1e-16 rounding, amplified a little. A wrong position shows in the first loss."""
     for seen in group(ranks)(CASES, "train", balanced, {}, 20):

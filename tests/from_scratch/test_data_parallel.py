@@ -16,7 +16,7 @@ PARAMETERS = 1 + 2 * 9 + 1 + 1  # embedding, nine in each of two blocks, the las
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_buckets_train_what_one_process_trains(group, ranks, accumulation, tied):
     check(group(ranks)(CASES, "train_with", "bucketed", accumulation, {"tied": tied}))
 

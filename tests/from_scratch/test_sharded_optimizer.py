@@ -16,7 +16,7 @@ CASES = "tests/from_scratch/zero_cases.py"
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_zero_2_trains_what_one_process_trains(group, ranks, accumulation, tied):
     check(group(ranks)(CASES, "train_sharded_optimizer", 2, accumulation, {"tied": tied}))
 

@@ -23,7 +23,7 @@ def check(answers):
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["plain", "sequence"])
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_training_is_that_of_one_process(group, ranks, sequence_parallel, tied):
     changes = {"tied": tied} | ({"width": 36} if ranks == 3 else {})
     check(group(ranks)(CASES, "train", sequence_parallel, changes))
@@ -42,7 +42,7 @@ def test_a_wrong_reduce_hides_behind_the_loss(group):
         assert ratio == pytest.approx(2, rel=1e-9)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_gather_undoes_scatter(group, ranks):
     assert group(ranks)(CASES, "conjugates") == [[True] * 4] * ranks
 

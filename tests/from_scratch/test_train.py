@@ -64,10 +64,12 @@ COMBINATIONS = {  # on 4 ranks
     "pipeline, interleaved, x data": ["--strategy", "pipeline", "--mesh.dp", "2", "--schedule", "interleaved",
                                       "--stages_per_rank", "2"],
 }  # fmt: skip
+ORDINARY = {"zero2 x tensor, sequence parallel", "fsdp x context", "tensor x pipeline"}  # every axis
+MARKED = [pytest.param(it, id=name, marks=() if name in ORDINARY else slow) for name, it in COMBINATIONS.items()]
 
 
 @pytest.mark.parametrize("tied", ["true", pytest.param("false", marks=slow)])
-@pytest.mark.parametrize("options", COMBINATIONS.values(), ids=COMBINATIONS)
+@pytest.mark.parametrize("options", MARKED)
 def test_combinations(group, reference, tmp_path, options, tied):
     model = ["--model.tied", tied] if tied == "true" else []
     train_and_compare(group, reference, tmp_path, 4, [*options, "--batch.micro_size", "6"], model)
@@ -137,7 +139,9 @@ def test_three_dimensions(launch, reference, tmp_path):
     assert_same_training(reference(), tmp_path / "many")
 
 
-@pytest.mark.parametrize("strategy", ["bucket", "zero2", "fsdp", "tensor", "pipeline", "context"])
+@pytest.mark.parametrize(
+    "strategy", ["bucket", "fsdp", "pipeline", *(pytest.param(s, marks=slow) for s in ("zero2", "tensor", "context"))]
+)
 def test_a_killed_rank_does_not_leave_the_others_waiting(tmp_path, strategy):
     """Nobody but the network tells the others (no torchrun): they end by themselves, long before the time-out."""
     script = whose_rank_1_dies(SCRIPT, tmp_path)
