@@ -571,7 +571,7 @@ def loaded(script: Path) -> Iterator[ModuleType]:
         spec = importlib.util.spec_from_file_location(f"dry_run_of_{script.stem}", script)
         if spec is None or spec.loader is None or not script.is_file():
             fail(f"{script}: no such script; expected a lesson's, such as fsdp/train.py; give its path")
-        module = importlib.util.module_from_spec(spec)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where settings look up their types
         spec.loader.exec_module(module)
         yield module
     finally:
