@@ -3,6 +3,8 @@
     python benchmarks/scaling.py ddp/train.py                                # strong scaling on 1, 2, 4 ranks
     python benchmarks/scaling.py ddp/train.py --mode weak --ranks 1 2 4 8    # the batch grows with the ranks
     python benchmarks/scaling.py ddp/train.py --ranks 1 8 -- --config ddp/configs/gpt_124m.yaml
+    python benchmarks/scaling.py fsdp/train.py --mode model --ranks 1 2 \\
+        --configs fsdp/configs/weak_scaling_1.yaml fsdp/configs/weak_scaling_2.yaml    # the model grows with the ranks
     python benchmarks/scaling.py ddp/train.py --ranks 8 16 32 --ranks-per-node 8 \\
         --launch "srun --nodes={nodes} --ntasks={ranks} --ntasks-per-node=8 python"    # inside a Slurm job
 
@@ -12,11 +14,17 @@ What stands after `--` goes to SCRIPT, any script that writes our run folder. Th
 With T(N) the median time of a step on N ranks, and B the fewest ranks measured (1, unless --ranks differs):
 
                                               speed-up               efficiency
-    strong scaling, the global batch stays    T(B) / T(N)            B · T(B) / (N · T(N))
-    weak scaling, each rank's batch stays     N · T(B) / (B · T(N))  T(B) / T(N)
+    strong, the global batch stays            T(B) / T(N)            B · T(B) / (N · T(N))
+    weak, each rank's batch stays             N · T(B) / (B · T(N))  T(B) / T(N)
+    model, the model grows with the ranks     F(N) / F(B)            B · F(N) / (N · F(B))
 
-Both efficiencies are throughput(N) / (N / B · throughput(B)). In weak scaling the ideal is a time per step
+Strong and weak: efficiency is throughput(N) / (N / B · throughput(B)). In weak scaling the ideal is a time per step
 that stays the same; tokens per second grow with N.
+
+Model is weak scaling by model size: one config for each rank count, whose model has N / B times the parameters, and the
+same global batch. F(N) = W(N) / T(N) is what all ranks compute in a second, with W(N) the FLOPs of a step as run.json
+states them, attention and head included. T(B) / T(N) would not do: it takes for granted that each rank has as much to
+compute as before, and credits a model that grew by less than the ranks.
 """
 
 import argparse
@@ -32,7 +40,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +48,17 @@ import psutil
 import yaml
 from tqdm import tqdm
 
+from common import checkpoint
 from common.ranks import fail
 
 OURS = ("--train.steps", "--run_name", "--runs_dir", "--resume")  # what this driver sets for every run
+UNEVEN = 0.05  # --mode model: by how much a rank's share may differ from that of the fewest ranks before it is said
+# mode: (as tables and plots call it, what stays)
+MODES = {
+    "strong": ("strong scaling", "the global batch stays"),
+    "weak": ("weak scaling", "the batch of each rank stays"),
+    "model": ("weak scaling by model size", "the model grows with the ranks, the global batch stays"),
+}
 
 
 @dataclass(frozen=True)
@@ -55,27 +71,39 @@ class Measured:
     peak_memory_bytes: list[int]  # by rank; of rank 0 alone where run.json does not have them all
     last_loss: float
     record: dict[str, Any]  # run.json
+    parameters: int | None = None  # of the whole model, counted in the run's checkpoint; read for --mode model alone
+
+    @property
+    def flops_per_step(self) -> float:
+        """Forward and backward of the global batch, as run.json counts them."""
+        return self.units_per_step * (self.record.get("flops_per_unit") or math.nan)
 
 
 # ------------------------------------------------------------------------------------------------ arithmetic
 
 
-def efficiency(mode: str, base_ranks: int, base_seconds: float, ranks: int, seconds: float) -> float:
+def efficiency(mode: str, base_ranks: int, base_seconds: float, ranks: int, seconds: float, work: float = 1.0) -> float:
     """The share of ideal scaling that is reached, 1.0 is ideal; times are seconds per step.
 
     Strong scaling: the ranks share the work of one step, and ideally take base_ranks / ranks of the time.
     Weak scaling: each rank does the same work whatever their number, and ideally takes the same time.
+    Model: a step has `work` times the FLOPs that it has on base_ranks, and ideally each rank keeps its FLOP/s.
     """
-    return base_seconds / seconds * (base_ranks / ranks if mode == "strong" else 1.0)
+    grown = {"strong": 1.0, "weak": ranks / base_ranks, "model": work}[mode]
+    return grown * base_seconds * base_ranks / (ranks * seconds)
 
 
-def speed_up(mode: str, base_ranks: int, base_seconds: float, ranks: int, seconds: float) -> float:
-    """Throughput as a multiple of that of `base_ranks`; ideally ranks / base_ranks, in both modes."""
-    return efficiency(mode, base_ranks, base_seconds, ranks, seconds) * ranks / base_ranks
+def speed_up(mode: str, base_ranks: int, base_seconds: float, ranks: int, seconds: float, work: float = 1.0) -> float:
+    """Throughput as a multiple of that of `base_ranks`, in FLOP/s where the model grows; ideally ranks / base_ranks."""
+    return efficiency(mode, base_ranks, base_seconds, ranks, seconds, work) * ranks / base_ranks
 
 
 def formulas(mode: str, base: int) -> dict[str, str]:
-    """The texts for `speed_up` and `efficiency` as formulas; T(N) is the median time of a step on N ranks."""
+    """The texts for `speed_up` and `efficiency` as formulas of T(N), the median time of a step on N ranks, and W(N)."""
+    if mode == "model":
+        grown = f"W(N) · T({base}) / (W({base}) · T(N))"
+        shared = f"W(N) · T({base}) / (N · W({base}) · T(N))"
+        return {"speed_up": grown, "efficiency": f"{base} · {shared}" if base > 1 else shared}
     ratio, shared, grown = f"T({base}) / T(N)", f"T({base}) / (N · T(N))", f"N · T({base}) / T(N)"
     if base > 1:
         shared, grown = f"{base} · {shared}", f"N · T({base}) / ({base} · T(N))"
@@ -98,7 +126,18 @@ def summarise(mode: str, rounds: list[dict[int, Measured]]) -> list[dict[str, An
     rows = []
     for ranks in sorted(rounds[0]):
         runs = [one[ranks] for one in rounds]
-        times = [(base, one[base].step_seconds, ranks, one[ranks].step_seconds) for one in rounds]
+        work = runs[0].flops_per_step / rounds[0][base].flops_per_step if mode == "model" else 1.0
+        times = [(base, one[base].step_seconds, ranks, one[ranks].step_seconds, work) for one in rounds]
+        grown = {}
+        if mode == "model":
+            flops = runs[0].flops_per_step
+            grown = {
+                "parameters": runs[0].parameters,
+                "flops_per_step": flops,
+                "flops_per_second_per_rank": spread([flops / run.step_seconds / ranks for run in runs]),
+                "flops_per_second": spread([flops / run.step_seconds for run in runs]),
+                "time_ratio": spread([base_seconds / seconds for _, base_seconds, _, seconds, _ in times]),
+            }
         rows.append(
             {
                 "ranks": ranks,
@@ -110,8 +149,22 @@ def summarise(mode: str, rounds: list[dict[int, Measured]]) -> list[dict[str, An
                 "peak_memory_bytes": [max(p) for p in zip(*(r.peak_memory_bytes for r in runs), strict=True)],
                 "last_loss": runs[0].last_loss,
             }
+            | grown
         )
     return rows
+
+
+def uneven(rows: list[dict[str, Any]]) -> list[str]:
+    """Warnings where a rank of --mode model has more or less to keep, or to compute, than on the fewest ranks."""
+    found = []
+    for what, key in (("parameters", "parameters"), ("FLOPs of a step", "flops_per_step")):
+        shares = {row["ranks"]: row[key] / row["ranks"] for row in rows}
+        base = min(shares)
+        off = {ranks: share / shares[base] - 1 for ranks, share in shares.items()}
+        if beyond := [f"{off[ranks]:+.1%} on {plural(ranks, 'rank')}" for ranks in off if abs(off[ranks]) > UNEVEN]:
+            against = f"{what} per rank, against {plural(base, 'rank')}: {', '.join(beyond)}"
+            found.append(f"{against}; expected within {UNEVEN:.0%}: the model did not grow as the ranks did")
+    return found
 
 
 def sharing(ranks: int, threads: int, cores: int, gpus: int) -> str | None:
@@ -193,6 +246,23 @@ def read_run(folder: Path, warmup: int) -> Measured:
     )
 
 
+def count_parameters(folder: Path) -> int:
+    """Parameters of the whole model, from the shapes in the manifest of the run's newest checkpoint.
+
+    Raises:
+        SystemExit: (exit code 2) the run left no finished checkpoint, or a broken one.
+    """
+    found = checkpoint.latest(folder / "checkpoints")
+    if found is None:
+        fail(f"--mode model counts the parameters in the run's checkpoint, and {folder} holds none that is finished; "
+             "name a script that saves one at its end")  # fmt: skip
+    try:
+        shapes = checkpoint.read_manifest(found)["parameters"]
+    except ValueError as error:
+        fail(str(error))
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
 def base_batch(script: str, arguments: list[str]) -> int:
     """batch.global_size of the script with these arguments, as `SCRIPT --print_config` gives it."""
     command = [sys.executable, script, *arguments, "--print_config"]
@@ -225,11 +295,12 @@ class Driver:
         name = f"{options.mode}-{ranks}-ranks-round-{repeat + 1}"
         ours = [f"--train.steps={options.steps}", f"--run_name={name}", f"--runs_dir={runs}", "--resume=never"]
         batch = [f"--batch.global_size={ranks * self.weak_base}"] if self.weak_base else []
+        config = ["--config", str(options.configs[ranks])] if options.configs else []
         log = options.output / f"{name}.log"
         plain = ranks == 1 and self.plain_python
         per_node = min(ranks, options.ranks_per_node or ranks)
         command = launch_command(options.script, ranks, options.launch, per_node, plain)
-        code = execute([*command, *self.arguments, *batch, *ours], options.threads, log)
+        code = execute([*command, *config, *self.arguments, *batch, *ours], options.threads, log)
         refused = code and plain and not (runs / name).exists() and "torchrun" in log.read_text()
         if refused:  # it did not begin, and says how it wants to be started
             self.plain_python = False
@@ -243,6 +314,11 @@ class Driver:
             sys.exit(f"error: {what}: {cause(output)}\nthe end of its output (all of it: {log}):\n{end}")
         log.unlink()
         measured = read_run(runs / name, options.warmup)
+        if options.mode == "model":
+            measured = replace(measured, parameters=count_parameters(runs / name))
+            if not measured.record.get("flops_per_unit"):
+                fail(f"--mode model needs flops_per_unit, and the run.json of {options.script} has none; use a script "
+                     "that gives it to Run")  # fmt: skip
         shutil.rmtree(runs / name / "checkpoints", ignore_errors=True)  # of no further use, and large
         if measured.ranks != ranks:
             fail(f"asked for {ranks} ranks, but the run says {measured.ranks}; check --launch")
@@ -264,7 +340,7 @@ class Driver:
         work = {run.units_per_step / (run.ranks if weak else 1) for one in found for run in one.values()}
         if len(work) > 1:
             what = "units per rank and step" if weak else "units per step"
-            fail(f"the runs had different {what}, {sorted(work)}: this is no {self.options.mode} scaling")
+            fail(f"the runs had different {what}, {sorted(work)}: this is no {MODES[self.options.mode][0]}")
         return found
 
 
@@ -342,19 +418,26 @@ def table(result: dict[str, Any]) -> str:
         middle, low, high = (format(value[key] * factor, form) for key in ("median", "min", "max"))
         return f"{middle} ({low} – {high})" if many and low != high else middle
 
-    constant = "the global batch stays" if result["mode"] == "strong" else "the batch of each rank stays"
-    lines = [
-        f"{result['script']}: {result['mode']} scaling ({constant})",
-        "",
-        f"| ranks | {unit} a step | step, ms | {unit}/s | speed-up (ideal) | efficiency, % | memory, GiB | last loss |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    title, stays = MODES[result["mode"]]
+    grows = result["mode"] == "model"
+    large, factor = large_flops(result) if grows else ("", 1.0)
+    work = f"parameters | parameters / ranks | {large} a step / ranks" if grows else f"{unit} a step"
+    rate = f"{large}/s a rank" if grows else f"{unit}/s"
+    columns = f"| ranks | {work} | step, ms | {rate} | speed-up (ideal) | efficiency, % | memory, GiB | last loss |"
+    lines = [f"{result['script']}: {title} ({stays})", "", columns, "|" + "---:|" * (columns.count("|") - 1)]
     for row in result["rows"]:
+        ranks = row["ranks"]
+        done: tuple[str, ...] = (f"{row['units_per_step']:,}",)
+        if grows:
+            done = f"{row['parameters']:,}", f"{row['parameters'] / ranks:,.0f}"
+            done += (f"{row['flops_per_step'] * factor / ranks:,.2f}",)
         cells = (
-            str(row["ranks"]) + ("*" if row["shared"] else ""),
-            f"{row['units_per_step']:,}",
+            str(ranks) + ("*" if row["shared"] else ""),
+            *done,
             ranged(row["step_seconds"], ",.1f", 1e3),
-            ranged(row["units_per_second"], ",.0f"),
+            ranged(row["flops_per_second_per_rank"], ",.1f", factor)
+            if grows
+            else ranged(row["units_per_second"], ",.0f"),
             f"{row['speed_up']['median']:.2f} ({row['ranks'] / base:g})",
             ranged(row["efficiency"], ".0f", 100),
             f"{max(row['peak_memory_bytes']) / 2**30:.2f}",
@@ -368,12 +451,34 @@ def table(result: dict[str, Any]) -> str:
         f"- {rounds}; {result['steps']} steps a run, the first {result['warmup_steps']} not counted; "
         f"OMP_NUM_THREADS={result['omp_num_threads']} for every rank count; memory: {result['memory']}",
         f"- speed-up = {result['formulas']['speed_up']}; efficiency = {result['formulas']['efficiency']}; "
-        "T: median time of a step",
+        "T: median time of a step" + ("; W: FLOPs of a step, from run.json" if grows else ""),
+        *([not_so(result["rows"])] if grows else []),
         f"- {in_words(result['hardware'])}; {versions}; commit {result['git_commit']}; {result['date']}",
         *(f"- {'* ' if 'measures sharing' in note else ''}{note}" for note in result["notes"]),
         f"- `{result['command']}`",
     ]
     return "\n".join(lines)
+
+
+def large_flops(result: dict[str, Any]) -> tuple[str, float]:
+    """The unit in which FLOPs are easy to read, and the factor to it: by what a rank computes in a second."""
+    tera = result["rows"][0]["flops_per_second_per_rank"]["median"] >= 1e12
+    return ("TFLOP", 1e-12) if tera else ("GFLOP", 1e-9)
+
+
+def not_so(rows: list[dict[str, Any]]) -> str:
+    """The line on what T(B) / T(N) would make of a model's growth, and by what factor that is wrong."""
+    base, first = rows[0]["ranks"], rows[0]["flops_per_step"]
+    said = []
+    for row in rows[1:]:
+        share = row["flops_per_step"] / first * base / row["ranks"]
+        naive, right = row["time_ratio"]["median"], row["efficiency"]["median"]
+        said.append(
+            f"{naive:.1%} on {plural(row['ranks'], 'rank')}, where each has {share:.3f} of the FLOPs: {right:.1%}"
+        )
+    return (
+        f"- not T({base}) / T(N), which leaves out how much the model grew: {'; '.join(said) or 'one rank count only'}"
+    )
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -392,13 +497,19 @@ def plot(result: dict[str, Any], path: Path) -> None:
         style = {"fmt": "o-", "color": "#1f6fb4", "capsize": 4, "label": "measured", "zorder": 3}
         axes.errorbar(ranks, middle, yerr=[below, above], **style)
 
-    first = rows[0]["units_per_second"]["median"]
+    grows = result["mode"] == "model"
+    large, factor = large_flops(result) if grows else (unit, 1.0)
+    rate = "flops_per_second" if grows else "units_per_second"
+    first = rows[0][rate]["median"] * factor
     ideal = [first * count / ranks[0] for count in ranks]
-    draw(left, "units_per_second", 1.0)
+    draw(left, rate, factor)
     left.plot(ranks, ideal, "--", color="0.45", label="ideal", zorder=2)
-    left.set(ylabel=f"{unit} per second", title="Throughput")
+    left.set(ylabel=f"{large} per second", title="Arithmetic of all ranks" if grows else "Throughput")
     left.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     draw(right, "efficiency", 100.0)
+    if grows:  # beside the right figure the one that forgets the model's growth
+        naive = [row["time_ratio"]["median"] * 100 for row in rows]
+        crosses = right.plot(ranks, naive, "x", color="#b03a2e", label=f"T({ranks[0]}) / T(N), wrong here", zorder=4)
     right.axhline(100, linestyle="--", color="0.45", label="ideal", zorder=2)
     right.set(ylabel="efficiency, %", title="Efficiency")
     for row in rows:
@@ -436,11 +547,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
         left.set_yscale("log", base=2)
         left.set_yticks(ideal, [f"{value:,.0f}" for value in ideal])
     else:
-        left.set_ylim(0, 1.08 * max(*ideal, *(row["units_per_second"]["max"] for row in rows)))
+        left.set_ylim(0, 1.08 * max(*ideal, *(row[rate]["max"] * factor for row in rows)))
     left.legend(loc="upper left")
-    constant = "global batch" if result["mode"] == "strong" else "batch of each rank"
-    size = rows[0]["units_per_step"] // (1 if result["mode"] == "strong" else ranks[0])
-    title = f"{result['script']}, {result['mode']} scaling: {constant} {size:,} {unit}"
+    if grows:
+        right.legend(handles=crosses, loc="lower left")
+    constant = "batch of each rank" if result["mode"] == "weak" else "global batch"
+    size = rows[0]["units_per_step"] // (ranks[0] if result["mode"] == "weak" else 1)
+    each = f", about {rows[0]['parameters'] / ranks[0]:,.0f} parameters per rank" if grows else ""
+    title = f"{result['script']}, {MODES[result['mode']][0]}: {constant} {size:,} {unit}{each}"
     figure.suptitle(f"{title}\n{in_words(result['hardware'])}; {result['date'][:10]}", fontsize=11)
     figure.savefig(path)
 
@@ -458,7 +572,10 @@ def parse_arguments(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add("script", metavar="SCRIPT", help="a lesson script that writes our run folder, such as ddp/train.py")
     add("--ranks", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="rank counts (default: 1 2 4)")
-    add("--mode", choices=["strong", "weak"], default="strong", help="what stays the same (default: strong)")
+    add("--mode", choices=list(MODES), default="strong", help="what grows with the ranks (default: strong, nothing)")
+    add(
+        "--configs", type=Path, nargs="+", metavar="FILE", help="--mode model: one config for each of --ranks, in order"
+    )
     add("--repeats", type=int, default=3, help="rounds over all rank counts (default: 3)")
     add("--steps", type=int, default=30, help="training steps of each run (default: 30)")
     add("--warmup", type=int, default=5, help="first steps that do not count (default: 5)")
@@ -479,6 +596,20 @@ def parse_arguments(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         fail(f"--ranks {given} cannot work; allowed: different numbers, each 1 or more")
     if not 0 <= options.warmup < options.steps:
         fail(f"--warmup {options.warmup} leaves no step of --steps {options.steps} to measure; raise --steps")
+    if options.configs and options.mode != "model":
+        fail(f"--configs belongs to --mode model, not {options.mode}; give the one config to SCRIPT: -- --config FILE")
+    if options.mode == "model":
+        given, counts = plural(len(options.configs or []), "file"), " ".join(map(str, options.ranks))
+        if len(options.configs or []) != len(options.ranks):
+            fail(f"--mode model got {given} after --configs; expected one for each of --ranks {counts}, in that order")
+        for path in options.configs:
+            if not path.is_file():
+                fail(
+                    f"--configs: there is no file {path} (looked in {Path.cwd()}); name one config for each of --ranks"
+                )
+        if any(word.split("=")[0] == "--config" for word in script_arguments):
+            fail("--config is set by this driver for every run of --mode model; name the files after --configs")
+        options.configs = dict(zip(options.ranks, options.configs, strict=True))  # ranks are sorted below
     for word in script_arguments:
         if (flag := word.split("=")[0]) in OURS:
             instead = {"--train.steps": "--steps", "--runs_dir": "--output"}.get(flag)
@@ -511,6 +642,8 @@ def main() -> None:
     first = rounds[0][options.ranks[0]].record
     base = options.ranks[0]
     rows = summarise(options.mode, rounds)
+    for warning in uneven(rows) if options.mode == "model" else []:
+        driver.note(warning)
     whose = "the fullest rank" if len(rows[-1]["peak_memory_bytes"]) == rows[-1]["ranks"] else "rank 0"
     gpus = gpu_count() if "CPU" not in first["device"] else 0
     for row in rows:

@@ -111,7 +111,8 @@ def save(config: SaveConfig) -> None:
     ranks.leave()
     if after != before:
         raise SystemExit(f"[rank {ranks.rank}] error: the asynchronous checkpoint holds {after}, not {before}")
-    say(ranks, f"\n{steps} steps were trained meanwhile, and what was written is the state before them: {after}")
+    trained = "1 step was" if steps == 1 else f"{steps} steps were"
+    say(ranks, f"\n{trained} trained meanwhile, and what was written is the state before them: {after}")
 
 
 def build(settings: ShardedConfig, ranks: Ranks) -> tuple[Transformer, torch.optim.Optimizer]:

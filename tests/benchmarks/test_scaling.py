@@ -11,13 +11,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import loop_overhead  # noqa: E402  (needs the path above)
+import saving  # noqa: E402
 import scaling  # noqa: E402
 
+from common.flops import flops_per_token  # noqa: E402
+from common.transformer import ModelConfig, Transformer  # noqa: E402
+
+ONE = "fsdp/configs/weak_scaling_1.yaml"
 TINY = ["--model.width=32", "--model.ffn_width=48", "--model.layers=1", "--data.sequence_length=16"]
 
 # Writes a run folder as our scripts do, in no time: 0.1 s a step on one rank, 0.125 s on two. Its weak scaling is
@@ -50,8 +57,9 @@ with open(os.path.join(folder, "metrics.jsonl"), "w") as file:
 """
 
 
-def measured(ranks: int, units: int, seconds: float) -> scaling.Measured:
-    return scaling.Measured(ranks, units, seconds, peak_memory_bytes=[ranks], last_loss=1.0, record={})
+def measured(ranks: int, units: int, seconds: float, flops: float = 0.0, parameters: int = 0) -> scaling.Measured:
+    record = {"flops_per_unit": flops}
+    return scaling.Measured(ranks, units, seconds, [ranks], last_loss=1.0, record=record, parameters=parameters)
 
 
 @pytest.mark.parametrize(
@@ -76,13 +84,33 @@ def test_formulas(mode, base, base_seconds, ranks, seconds, speed_up, efficiency
     assert units[1] / seconds / ideal == pytest.approx(efficiency, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("base", "base_seconds", "ranks", "seconds", "work", "speed_up", "efficiency"),
+    [
+        (1, 8.0, 4, 8.0, 4.0, 4.0, 1.0),  # ideal: four times the FLOPs in the same time
+        (1, 8.0, 4, 8.0, 3.0, 3.0, 0.75),  # a model that grew by three only: T(1) / T(4) would call this 1.0
+        (1, 8.0, 4, 6.0, 3.0, 4.0, 1.0),  # and this 1.33, though no rank computes faster than one alone
+        (2, 8.0, 8, 10.0, 4.0, 3.2, 0.8),
+    ],
+)
+def test_formulas_of_a_growing_model(base, base_seconds, ranks, seconds, work, speed_up, efficiency) -> None:
+    arguments = ("model", base, base_seconds, ranks, seconds, work)
+    assert scaling.speed_up(*arguments) == pytest.approx(speed_up, rel=1e-12)
+    assert scaling.efficiency(*arguments) == pytest.approx(efficiency, rel=1e-12)
+    # FLOP/s of a rank over FLOP/s of a rank: the right way up.
+    first = 60.0
+    per_rank = first * work / seconds / ranks, first / base_seconds / base
+    assert per_rank[0] / per_rank[1] == pytest.approx(efficiency, rel=1e-12)
+
+
 def test_the_stated_formulas_are_those_computed() -> None:
-    for mode in ("strong", "weak"):
+    for mode in scaling.MODES:
         for base in (1, 2):
             for name, text in scaling.formulas(mode, base).items():
                 expression = text.replace("·", "*").replace(f"T({base})", "8.0").replace("T(N)", "5.0")
+                expression = expression.replace(f"W({base})", "2.0").replace("W(N)", "7.0")
                 value = eval(expression.replace("N", "6"))
-                assert value == pytest.approx(getattr(scaling, name)(mode, base, 8.0, 6, 5.0), rel=1e-12)
+                assert value == pytest.approx(getattr(scaling, name)(mode, base, 8.0, 6, 5.0, 3.5), rel=1e-12)
 
 
 def test_rounds_are_compared_within_themselves() -> None:
@@ -94,6 +122,45 @@ def test_rounds_are_compared_within_themselves() -> None:
     assert two["speed_up"]["median"] == pytest.approx(1.6, rel=1e-12)
     assert two["step_seconds"] == {"median": 2.5, "min": 2.5, "max": 25.0}
     assert two["units_per_second"] == {"median": 24.0, "min": 2.4, "max": 24.0}
+
+
+def test_a_growing_model_is_measured_in_flops() -> None:
+    """By hand: 60 units of 10 FLOPs in 2 s, of 18 FLOPs in 2.4 s on 2 ranks: 300 and 225 FLOP/s a rank."""
+    rounds = [{1: measured(1, 60, 2.0 * k, 10.0, 500), 2: measured(2, 60, 2.4 * k, 18.0, 1100)} for k in (1, 10, 1)]
+    one, two = scaling.summarise("model", rounds)
+    assert (one["parameters"], two["parameters"]) == (500, 1100)
+    assert (one["flops_per_step"], two["flops_per_step"]) == (600.0, 1080.0)
+    assert one["flops_per_second_per_rank"]["median"] == pytest.approx(300.0, rel=1e-12)
+    assert two["flops_per_second_per_rank"]["median"] == pytest.approx(225.0, rel=1e-12)
+    assert two["flops_per_second"]["median"] == pytest.approx(450.0, rel=1e-12)
+    assert two["efficiency"] == pytest.approx({"median": 0.75, "min": 0.75, "max": 0.75}, rel=1e-12)
+    assert two["speed_up"]["median"] == pytest.approx(1.5, rel=1e-12)
+    assert two["time_ratio"]["median"] == pytest.approx(2.0 / 2.4, rel=1e-12)  # which calls it 83 %
+    assert scaling.not_so([one, two]).endswith(": 83.3% on 2 ranks, where each has 0.900 of the FLOPs: 75.0%")
+    parameters, flops = scaling.uneven([one, two])
+    assert parameters.startswith("parameters per rank, against 1 rank: +10.0% on 2 ranks; expected within 5%")
+    assert flops.startswith("FLOPs of a step per rank, against 1 rank: -10.0% on 2 ranks; expected within 5%")
+    (even,) = scaling.summarise("model", [{1: measured(1, 60, 2.0, 10.0, 500)}])
+    assert scaling.uneven([even, even | {"ranks": 2, "parameters": 1040, "flops_per_step": 1150.0}]) == []
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_the_configs_grow_as_the_ranks_do(ranks) -> None:
+    """Each states its number of parameters; a rank's share, and its arithmetic, stay within 5 % of one rank's."""
+
+    def made(count: int) -> tuple[str, int, float]:
+        text = (ROOT / f"fsdp/configs/weak_scaling_{count}.yaml").read_text()
+        settings = yaml.safe_load(text)
+        config = ModelConfig(**settings["model"])
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in Transformer(config).parameters())
+        tokens = settings["batch"]["global_size"] * settings["data"]["sequence_length"]
+        return text, parameters, tokens * flops_per_token(config, settings["data"]["sequence_length"])
+
+    (_, first, work), (text, parameters, grown) = made(1), made(ranks)
+    assert f"{ranks} rank{'s' * (ranks > 1)}: {parameters:,} parameters" in text
+    assert parameters / ranks == pytest.approx(first, rel=scaling.UNEVEN)
+    assert grown / ranks == pytest.approx(work, rel=scaling.UNEVEN)
 
 
 def test_sharing_is_said() -> None:
@@ -132,7 +199,8 @@ def test_the_readme_shows_the_kept_results() -> None:
     assert len(kept) >= 3
     for file in kept:
         result = json.loads(file.read_text())
-        table = {"scaling": scaling.table, "loop_overhead": loop_overhead.table}[result["benchmark"]](result)
+        modules = {"scaling": scaling, "loop_overhead": loop_overhead, "saving": saving}
+        table = modules[result["benchmark"]].table(result)
         rows = [line for line in table.splitlines() if line.startswith("|")]
         missing = [line for line in rows if line not in page]
         assert not missing, f"benchmarks/README.md does not show {file.name}:\n" + "\n".join(missing)
@@ -203,6 +271,43 @@ def test_strong_scaling_of_a_lesson(launch, tmp_path) -> None:
     assert (folder / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_weak_scaling_by_model_size(launch, tmp_path) -> None:
+    """fsdp/train.py on 1 and 2 ranks, the second model wider: parameters, FLOPs and efficiency again from the runs."""
+    models = {1: dict(width=32, layers=1, ffn_width=48), 2: dict(width=48, layers=1, ffn_width=64)}
+    for ranks, model in models.items():
+        (tmp_path / f"{ranks}.yaml").write_text(yaml.safe_dump({"model": {"preset": "tiny"} | model}))
+    configs = [tmp_path / "2.yaml", tmp_path / "1.yaml"]  # in the order of --ranks
+    finished = launch(
+        "benchmarks/scaling.py", "fsdp/train.py", "--mode=model", "--ranks", "2", "1", "--configs", *configs,
+        "--repeats=1", "--steps=4", "--warmup=1", "--", "--data.sequence_length=16", "--data.validation_samples=4",
+        nproc=0,
+    )  # fmt: skip
+    (folder,) = (tmp_path / "runs").glob("scaling-train-model-*")
+    result, page = results(folder)
+    rates, seconds = {}, {}
+    for row in result["rows"]:
+        ranks = row["ranks"]
+        config = ModelConfig(**models[ranks])
+        whole = sum(parameter.numel() for parameter in Transformer(config).parameters())
+        assert row["parameters"] == whole and f"| {whole:,} | {whole / ranks:,.0f} |" in page
+        assert row["units_per_step"] == 24 * 16  # the global batch stays
+        assert row["flops_per_step"] == 24 * 16 * flops_per_token(config, 16)
+        lines = (folder / "runs" / f"model-{ranks}-ranks-round-1" / "metrics.jsonl").read_text().splitlines()
+        steps = [line["step_seconds"] for line in map(json.loads, lines) if "step_seconds" in line]
+        seconds[ranks] = statistics.median(steps[1:])
+        rates[ranks] = row["flops_per_step"] / seconds[ranks] / ranks
+        assert row["flops_per_second_per_rank"]["median"] == pytest.approx(rates[ranks], rel=1e-12)
+    two = result["rows"][1]
+    assert two["efficiency"]["median"] == pytest.approx(rates[2] / rates[1], rel=1e-12)
+    assert two["time_ratio"]["median"] == pytest.approx(seconds[1] / seconds[2], rel=1e-12)
+    assert any(note.startswith("parameters per rank, against 1 rank: ") for note in result["notes"])
+    assert "weak scaling by model size (the model grows with the ranks, the global batch stays)" in finished.stdout
+    assert "not T(1) / T(N), which leaves out how much the model grew: " in page
+    assert len({line.count("|") for line in page.splitlines() if line.startswith("|")}) == 1
+    assert str(tmp_path) not in json.dumps(result)
+    assert (folder / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.fixture
 def scale(tmp_path, monkeypatch):
     """The driver, in this process, on the stand-in script; its first 3 steps of 5 are slow; gives the results."""
@@ -247,6 +352,16 @@ def test_weak_scaling_that_is_none_is_refused(scale, capsys) -> None:
     assert "this is no weak scaling" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_growing_model_needs_parameters_and_flops(scale, tmp_path, capsys) -> None:
+    (tmp_path / "one.yaml").write_text("")
+    options = ["--mode=model", "--ranks=1", f"--configs={tmp_path}/one.yaml", "--repeats=1"]
+    with pytest.raises(SystemExit) as ended:
+        scale(*options, script_arguments=[])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "--mode model counts the parameters in the run's checkpoint, and" in error.splitlines()[-1]
+
+
 def test_a_script_that_refuses_plain_python_gets_torchrun(scale) -> None:
     result, _ = results(scale("--ranks=1", "--repeats=1", script_arguments=["--wants-torchrun"]))
     assert any("torchrun starts 1 rank too" in note for note in result["notes"])
@@ -283,6 +398,20 @@ def test_a_failing_run_is_one_clear_line_and_the_end_of_its_output(launch, tmp_p
         (["ddp/train.py", "--ranks", "2", "2"], "--ranks 2 2 cannot work"),
         (["ddp/train.py", "--", "--train.steps", "9"], "give --steps"),
         (["ddp/train.py", "--launch", "no-such-launcher {ranks}"], "there is no program no-such-launcher"),
+        (
+            ["ddp/train.py", "--mode", "model", "--ranks", "1", "2"],
+            "got 0 files after --configs; expected one for each",
+        ),
+        (
+            ["ddp/train.py", "--mode=model", "--ranks", "1", "2", "--configs", ONE],
+            "got 1 file after --configs; expected",
+        ),
+        (["ddp/train.py", "--mode=model", "--ranks=1", "--configs", "no.yaml"], "--configs: there is no file no.yaml"),
+        (["ddp/train.py", "--mode=weak", "--configs", ONE], "--configs belongs to --mode model, not weak"),
+        (
+            ["ddp/train.py", "--mode=model", "--ranks=1", "--configs", ONE, "--", "--config=x"],
+            "--config is set by this",
+        ),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys) -> None:
