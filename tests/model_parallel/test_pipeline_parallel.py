@@ -46,6 +46,8 @@ def test_fp64_is_the_proof(group, single_device, tmp_path, ranks, schedule):
     ["--schedule", "zero_bubble", "--stages_per_rank", "1", *micro_batches(8)],
     ["--schedule", "1f1b", "--train.activation_checkpointing", "true", *micro_batches(4)],
     ["--schedule", "1f1b", "--model.experts", "4", *micro_batches(4)],
+    pytest.param(["--schedule", "zero_bubble", "--train.activation_checkpointing", "true", *micro_batches(4)],
+                 marks=pytest.mark.slow),
 ], ids=lambda options: " ".join(options))  # fmt: skip
 def test_every_option(group, single_device, tmp_path, options):
     model = ["--model.experts", "4"] if "--model.experts" in options else []
