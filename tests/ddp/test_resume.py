@@ -21,7 +21,7 @@ def arguments(folder, name, *more):
 
 def cut_back(run, step):
     """Make of a finished run what a kill after its checkpoint at `step` leaves behind."""
-    for later in (run / "checkpoints").iterdir():
+    for later in (run / "checkpoints").glob("step_*"):
         if later.name != f"step_{step}":
             shutil.rmtree(later)
 
