@@ -565,7 +565,10 @@ class DryRun:
 @contextlib.contextmanager
 def loaded(script: Path) -> Iterator[ModuleType]:
     """The script as a module, its folder on the path as python has it; then both are forgotten."""
-    folder, before = str(script.resolve().parent), set(sys.modules)
+    folder = str(script.resolve().parent)
+    names = {path.stem for path in Path(folder).glob("*.py")} & set(sys.modules)
+    hidden = {name: sys.modules.pop(name) for name in names}  # another lesson may have a file of the same name
+    before = set(sys.modules)
     sys.path.insert(0, folder)
     try:
         spec = importlib.util.spec_from_file_location(f"dry_run_of_{script.stem}", script)
@@ -576,9 +579,10 @@ def loaded(script: Path) -> Iterator[ModuleType]:
         yield module
     finally:
         sys.path.remove(folder)
-        for name in set(sys.modules) - before:  # another lesson may have a file of the same name
+        for name in set(sys.modules) - before:
             if (getattr(sys.modules[name], "__file__", None) or "").startswith(folder + "/"):
                 del sys.modules[name]
+        sys.modules.update(hidden)
 
 
 def config_class(lesson: ModuleType, script: Path) -> type:
