@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
+from own_folder import own_folder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -14,16 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 def train(script: str, arguments: list[str]) -> None:
     """Run a lesson script as it stands, with these arguments, on this rank."""
     sys.argv = [str(ROOT / script), *arguments]
-    folder = str((ROOT / script).parent)
-    sys.path.insert(0, folder)  # as python does for a script
-    before = set(sys.modules)
-    try:
+    with own_folder(ROOT / script):
         runpy.run_path(str(ROOT / script), run_name="__main__")
-    finally:
-        sys.path.remove(folder)
-        for name in set(sys.modules) - before:  # another lesson may have a file of the same name
-            if (getattr(sys.modules[name], "__file__", None) or "").startswith(folder):
-                del sys.modules[name]
 
 
 def ends(script: str, arguments: list[str]) -> tuple[int, str]:

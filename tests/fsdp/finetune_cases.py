@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1] / "ddp"))
 
 import cases
+from own_folder import own_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "fsdp/finetune.py"
@@ -89,13 +90,8 @@ def lesson():
     """The script as a module."""
     spec = importlib.util.spec_from_file_location("finetune_under_test", ROOT / SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(ROOT / "fsdp"))
-    try:
+    with own_folder(ROOT / SCRIPT):
         spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(ROOT / "fsdp"))
-        for name in ("settings", "finetune_settings"):
-            sys.modules.pop(name, None)
     return module
 
 

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 import torch.distributed as dist
+from own_folder import own_folder
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.experimental._context_parallel import _attention as torch_ring
@@ -23,15 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 @contextmanager
 def imported(name: str) -> Iterator[ModuleType]:
     """A module of model_parallel/, which a script that runs meanwhile imports as the same one."""
-    folder, before = str(ROOT / "model_parallel"), set(sys.modules)
-    sys.path.insert(0, folder)
-    try:
+    with own_folder(ROOT / "model_parallel" / f"{name}.py"):
         yield importlib.import_module(name)
-    finally:
-        sys.path.remove(folder)
-        for other in set(sys.modules) - before:  # another lesson may have a file of the same name
-            if (getattr(sys.modules[other], "__file__", None) or "").startswith(folder):
-                del sys.modules[other]
 
 
 def train(script: str, arguments: list[str]) -> None:

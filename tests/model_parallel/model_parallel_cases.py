@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from own_folder import own_folder
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import distribute_tensor
@@ -20,14 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 def collectives(sequence_parallel: bool, tied: bool, layers: int) -> dict[str, int]:
     """The collectives of one forward and backward under the lesson's plan, by name."""
-    folder = str(ROOT / "model_parallel")
-    sys.path.insert(0, folder)
-    try:
-        spec = importlib.util.spec_from_file_location("lesson_of_tensors", f"{folder}/tensor_parallel.py")
+    script = ROOT / "model_parallel" / "tensor_parallel.py"
+    with own_folder(script):
+        spec = importlib.util.spec_from_file_location("lesson_of_tensors", script)
         lesson = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(lesson)
-    finally:
-        sys.path.remove(folder)
     config = ModelConfig(width=48, heads=12, kv_heads=12, ffn_width=48, vocabulary=264, layers=layers, tied=tied)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     with torch.device("meta"):
@@ -68,13 +66,12 @@ def recorded(arguments: list[str]) -> list[tuple[str, int, int]]:
 
     for name, replacement in zip(originals, (forward, backward, weight), strict=True):
         setattr(PipelineStage, name, replacement)
-    folder = str(ROOT / "model_parallel")
-    sys.argv = [f"{folder}/pipeline_parallel.py", *arguments]
-    sys.path.insert(0, folder)
+    script = ROOT / "model_parallel" / "pipeline_parallel.py"
+    sys.argv = [str(script), *arguments]
     try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        with own_folder(script):
+            runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
-        sys.path.remove(folder)
         for name, original in originals.items():
             setattr(PipelineStage, name, original)
     return actions

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from own_folder import own_folder
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
@@ -108,16 +109,11 @@ def measured(script: str, arguments: list[str], memory: bool) -> dict:
 
     Run.restore, Run.steps = keep, watched_steps
     sys.argv = [str(ROOT / script), *arguments, "--train.steps", "3", "--train.check_replicas_every", "0"]
-    folder, before_run = str((ROOT / script).parent), set(sys.modules)
-    sys.path.insert(0, folder)
     try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        with own_folder(ROOT / script):
+            runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
-        sys.path.remove(folder)
         Run.restore, Run.steps = restore, steps
-        for name in set(sys.modules) - before_run:  # another lesson may have a file of the same name
-            if (getattr(sys.modules[name], "__file__", None) or "").startswith(folder):
-                del sys.modules[name]
     return found["answer"]
 
 
