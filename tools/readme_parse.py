@@ -189,6 +189,12 @@ def check_python(root: Path, script: str, arguments: tuple[str, ...], module: bo
         path = root / script
         if not path.is_file():
             raise DocsError(f"there is no file {script}")
+    if "--" in arguments:  # what follows is for the script that ours starts
+        at = arguments.index("--")
+        arguments, of_script = arguments[:at], arguments[at + 1 :]
+        started = [word for word in arguments if word.endswith(".py")]
+        if started:
+            check_python(root, started[0], of_script, module=False)
     problem = _python_problem(root, path, arguments)
     if problem:
         raise DocsError(f"{script} {' '.join(arguments)}: {problem}")
