@@ -9,6 +9,7 @@ from pathlib import Path
 @contextmanager
 def own_folder(script: Path) -> Iterator[None]:
     """The script's folder on the path, as python has it, and no module of another folder in its files' place."""
+    forget_meshes()
     folder = str(script.parent)
 
     def is_of_it(name: str) -> bool:
@@ -26,3 +27,17 @@ def own_folder(script: Path) -> Iterator[None]:
             if is_of_it(name):
                 del sys.modules[name]
         sys.modules.update(hidden)
+
+
+def forget_meshes() -> None:
+    """What DTensor has worked out for a mesh names its process groups; those of an equal mesh of a later script differ.
+
+    Only here do several scripts run in one process, one process group after the other.
+    """
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import _redistribute
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()
+        _redistribute._gen_transform_infos.cache_clear()
+        _redistribute.clear_redistribute_planner_cache()
