@@ -161,6 +161,26 @@ def goes_on(run: Path, attempt_before: str, newest: int) -> bool:
     return attempt_of(run) != attempt_before and steps_done(run) > newest
 
 
+def table(result: dict) -> str:
+    """The result in Markdown: how often it was killed, what had to be done again, how far the two runs are apart."""
+    kills, apart = result["kills"], result["largest_difference"]
+    lost = [kill["lost"] for kill in kills]
+    cells = (
+        f"`{result['script']}`", result["ranks"], result["steps"], len(kills), sum(kill["mid_save"] for kill in kills),
+        f"{max(lost)} ({sum(lost) / len(lost):.1f}), of {result['every']}",
+        f"{apart['loss']:.3g}", f"{apart['tensor']:.3g}",
+    )  # fmt: skip
+    return "\n".join([
+        "| script | ranks | steps | kills | of them in a save | steps done again, at most (average), of those between "
+        "two checkpoints | largest difference of a loss | of a weight or average |",
+        "|---|" + "---:|" * 7,
+        f"| {' | '.join(map(str, cells))} |",
+        "",
+        f"- {result['machine']}; torch {result['torch']}; {result['seconds']:.0f} s; commit {result['git_commit']}; "
+        f"{result['date']}",
+    ])  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", help="a lesson's training script, such as fsdp/train.py")
@@ -197,29 +217,25 @@ def main() -> None:
         if first.keys() != second.keys():
             fail(f"{len(first)} steps undisturbed, {len(second)} with kills; expected the same")
         apart = max(abs(first[step] - second[step]) for step in first)
-    mid_save = sum(each["mid_save"] for each in kills)
-    lost = [each["lost"] for each in kills]
-    print(
-        f"{len(kills)} kills of {options.ranks} ranks of {options.script}, {mid_save} of them in the middle of a save"
-    )
-    print(f"torn checkpoints loaded or committed: 0; steps done again after a kill: at most {max(lost)}, "
-          f"{sum(lost) / len(lost):.1f} on average, with a checkpoint every {options.every}")  # fmt: skip
-    print(f"{options.steps} steps; largest difference to the undisturbed run: {apart:.3g} in a loss, {weights:.3g} in "
-          "a weight or average")  # fmt: skip
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    result = {
+        "benchmark": "kill_and_resume", "script": options.script, "ranks": options.ranks, "steps": options.steps,
+        "every": options.every, "seed": options.seed, "kills": kills,
+        "largest_difference": {"loss": apart, "tensor": weights}, "seconds": time.monotonic() - began,
+        "torch": torch.__version__, "git_commit": commit.stdout.strip(),
+        "date": time.strftime("%F %H:%M UTC", time.gmtime()),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }  # fmt: skip
+    print(table(result))
     if options.output:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-        result = {
-            "script": options.script, "ranks": options.ranks, "steps": options.steps, "every": options.every,
-            "seed": options.seed, "kills": kills, "largest_difference": {"loss": apart, "tensor": weights},
-            "seconds": time.monotonic() - began, "torch": torch.__version__, "git_commit": commit.stdout.strip(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        }  # fmt: skip
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=1) + "\n")
+    lost = max(kill["lost"] for kill in kills)
     if max(apart, weights) > 1e-12:  # fp64; DDP at three ranks and more rebuilds its buckets, and last bits move
         fail("the run that was killed is not the undisturbed one")
-    if max(lost) > options.every:
-        fail(f"{max(lost)} steps lost; expected at most the {options.every} between two checkpoints")
+    if lost > options.every:
+        fail(f"{lost} steps lost; expected at most the {options.every} between two checkpoints")
+    print(f"\n{len(kills)} kills of {options.ranks} ranks of {options.script}: nothing torn, nothing lost")
 
 
 if __name__ == "__main__":
