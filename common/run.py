@@ -65,6 +65,7 @@ class Run:
         mesh: names and sizes of the mesh's axes; by default all ranks are data-parallel.
         replicas: the ranks that must hold the same weights, to be checked now and then; by default all.
         fingerprint: of the data, from the data set.
+        framework: the package that does the distributed part, by its name; its version goes into run.json.
 
     Raises:
         SystemExit: (exit code 2, on all ranks) the folder cannot be written, or holds a run with other settings.
@@ -81,6 +82,7 @@ class Run:
         mesh: dict[str, int] | None = None,
         fingerprint: str | None = None,
         replicas: dist.ProcessGroup | None = None,
+        framework: str = "torch",
     ) -> None:
         self.config, self.ranks, self.units_per_step, self.unit = config, ranks, units_per_step, unit
         self.flops_per_unit, self.replicas = flops_per_unit, replicas
@@ -102,7 +104,7 @@ class Run:
         self._stop_files = [self.folder / "stop", *([Path(by_job)] if by_job else [])]
         hosts = sorted(set(ranks.all_gather(socket.gethostname())))
         if ranks.is_main:
-            self._write_run_record(strategy, mesh or {"data": ranks.world_size}, fingerprint, hosts)
+            self._write_run_record(framework, strategy, mesh or {"data": ranks.world_size}, fingerprint, hosts)
         stop_signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         self._handlers = {number: signal.signal(number, self._on_signal) for number in stop_signals}
         self._bar = tqdm(
@@ -155,11 +157,13 @@ class Run:
             return None, None, f"run folder {folder}: {error.strerror}; {advice}", None
         return folder, start, None, attempt
 
-    def _write_run_record(self, strategy: str, mesh: dict[str, int], fingerprint: str | None, hosts: list[str]) -> None:
+    def _write_run_record(
+        self, framework: str, strategy: str, mesh: dict[str, int], fingerprint: str | None, hosts: list[str]
+    ) -> None:
         ranks = self.ranks
         accelerator = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
         self.record = {
-            "framework": "torch",
+            "framework": framework,
             "strategy": strategy,
             "launcher": ranks.launcher,
             "world_size": ranks.world_size,
@@ -176,7 +180,8 @@ class Run:
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "numpy": metadata.version("numpy"),
-            },
+            }
+            | ({} if framework == "torch" else {framework: metadata.version(framework)}),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         (self.folder / "run.json").write_text(json.dumps(self.record, indent=1) + "\n")

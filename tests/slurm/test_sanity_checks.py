@@ -135,7 +135,7 @@ def test_environment_that_is_not_there(cluster):
         (["--nodes", "5"], {"user_space", "data_set", "file_system", "several_nodes"}),
         (["--gpus-per-node", "3"], {"several_devices", "several_nodes"}),
     ],
-    ids=str,
+    ids=["nodes", "gpus"],
 )
 def test_impossible_requests_are_refused_at_once(cluster, option, refused):
     rows, said = run_checks(cluster, *option, code=1, timeout=30)
