@@ -20,7 +20,7 @@ except metadata.PackageNotFoundError:
 if os.environ.get("DEVICE") == "cpu" or not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed  # noqa: E402
+import deepspeed
 
 # An extension that makes all-reduce on one machine faster; built at the first start, it takes half a minute. Private
 # to DeepSpeed 0.19, hence in this one place. DEEPSPEED_SHM=1 leaves it on.
