@@ -59,9 +59,12 @@ def build_optimizer(
     Where the device has a fused kernel (CUDA and CPU), one kernel updates all parameters.
     """
     trainable = [p for p in parameters if p.requires_grad]
+    # In ZeRO's stage 3 a parameter is an empty vector between its uses; DeepSpeed notes its shape beside it.
+    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) < 2]
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     fused = device.type in ("cuda", "cpu")
     if config.name == "sgd":

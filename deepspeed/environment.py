@@ -22,6 +22,8 @@ if os.environ.get("DEVICE") == "cpu" or not torch.cuda.is_available():
 
 import deepspeed
 
+deepspeed.utils.logger.setLevel("WARNING")  # else some fifty lines on what was found and chosen, from every rank
+
 # An extension that makes all-reduce on one machine faster; built at the first start, it takes half a minute. Private
 # to DeepSpeed 0.19, hence in this one place. DEEPSPEED_SHM=1 leaves it on.
 if os.environ.get("DEEPSPEED_SHM") != "1":

@@ -1,0 +1,153 @@
+"""DeepSpeed's settings: which of its JSON files, how "auto" is filled in there, and what a rank holds by them."""
+
+import difflib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from environment import deepspeed
+from torch.nn.utils import clip_grad_norm_
+
+from common.config import Config
+from common.data_sharding import BatchPlan
+from common.ranks import Ranks, fail
+
+
+@dataclass
+class DeepSpeedConfig(Config):
+    """The common settings, and where DeepSpeed's are."""
+
+    deepspeed_config: str = "deepspeed/configs/zero2.json"
+    """A JSON file in DeepSpeed's own format. What is "auto" in it is filled in from the settings here."""
+    nvme_path: str = ""
+    """Where parameters and optimizer state go if the file says nvme; default: the variable TMPDIR, else /tmp."""
+
+
+def engine_config(config: DeepSpeedConfig, plan: BatchPlan, ranks: Ranks) -> dict[str, Any]:
+    """DeepSpeed's settings, complete: the file's, with every "auto" filled in.
+
+    The batch comes from the plan alone. DeepSpeed asks for it three times (train_batch_size = micro-batch ×
+    accumulation × ranks), and an error in one of them trains something else than the run folder says.
+
+    Raises:
+        SystemExit: (exit code 2) the file is missing, is no JSON object, has a key that DeepSpeed does not know, or
+            contradicts the settings; the precision cannot be had.
+    """
+    path, precision = Path(config.deepspeed_config), config.train.precision
+    settings = read(path)
+    zero = settings.get("zero_optimization", {})
+    if precision == "fp64" and zero.get("stage"):
+        advice = "use fp32, or deepspeed/configs/zero0.json"
+        fail(f"train.precision = fp64 with {path}: ZeRO keeps its weights in fp32, this would be no fp64; {advice}")
+    if precision == "fp16" and ranks.device.type == "cpu":
+        fail("train.precision = fp16: DeepSpeed has no fp16 on the CPU; use bf16 or fp32 there")
+    from_here = {
+        "train_batch_size": plan.batch.global_size,
+        "train_micro_batch_size_per_gpu": plan.micro_size,
+        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_clipping": config.optimizer.clip,
+        "bf16.enabled": precision == "bf16",
+        "fp16.enabled": precision == "fp16",
+        "zero_optimization.offload_optimizer.nvme_path": nvme_folder(config),
+        "zero_optimization.offload_param.nvme_path": nvme_folder(config),
+    }
+    for key, value in from_here.items():
+        *sections, name = key.split(".")
+        section = settings
+        for each in sections:
+            section = section.get(each, {})
+        if section.get(name) == "auto":
+            section[name] = value
+        elif name in section and section[name] != value and name != "nvme_path":
+            fail(f'{path}: {key} = {section[name]}, but the settings give {value}; write "auto" there, and set it here')
+    return settings
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file of DeepSpeed's settings. DeepSpeed ignores keys that it does not know; here they are errors."""
+    try:
+        settings = json.loads(path.read_text())
+    except OSError as error:
+        fail(f"deepspeed_config {path}: {error.strerror}; expected a JSON file such as deepspeed/configs/zero2.json")
+    except ValueError as error:
+        fail(f"deepspeed_config {path} is not valid JSON: {error}")
+    if not isinstance(settings, dict):
+        fail(f"deepspeed_config {path} holds a {type(settings).__name__}; expected an object with DeepSpeed's settings")
+    zero = deepspeed.runtime.zero.config.DeepSpeedZeroConfig.model_fields
+    sections = {"": (settings, known_keys()), "zero_optimization.": (settings.get("zero_optimization", {}), set(zero))}
+    for prefix, (found, known) in sections.items():
+        if not isinstance(found, dict):
+            fail(f"{path}: {prefix.rstrip('.')} = {found!r}; expected an object")
+        for key in sorted(set(found) - known):
+            near = difflib.get_close_matches(key, known, 1)
+            fail(f"{path}: unknown key {prefix}{key}{f'; did you mean {near[0]}?' if near else ''}")
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        fail(f"{path}: zero_optimization.stage = {stage!r}; allowed: 0, 1, 2, 3")
+    return settings
+
+
+def known_keys() -> set[str]:
+    """The names that DeepSpeed's settings have at the top, from the constants in its sources."""
+    modules = deepspeed.runtime.constants, deepspeed.runtime.zero.config
+    values = [value for module in modules for name, value in vars(module).items() if name.isupper()]
+    return {value for value in values if isinstance(value, str) and value.isidentifier()}
+
+
+def nvme_folder(config: DeepSpeedConfig) -> str:
+    """Where off-load to NVMe writes; a disk of the node, never a shared one."""
+    return config.nvme_path or os.environ.get("TMPDIR") or tempfile.gettempdir()
+
+
+def keep_norm(engine: Any) -> None:
+    """Make stage 0 remember the gradient norm: in fp32 it clips, and forgets what the norm was."""
+
+    def clip() -> None:
+        engine._global_grad_norm = clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
+
+    engine.clip_fp32_gradients = clip
+
+
+def state_bytes(engine: Any) -> dict[str, int]:
+    """Bytes that this rank keeps, counted on the tensors themselves. Call it between backward and step.
+
+    Returns:
+        weights (what the model computes with), gradients, master (the fp32 copy that the optimizer updates; none in
+        stage 0 without mixed precision) and moments (the optimizer's averages).
+    """
+    zero, parameters = engine.optimizer, list(engine.module.parameters())
+    gradients = [p.grad for p in parameters]
+    if not hasattr(zero, "optimizer"):  # a plain torch optimizer over the model's own parameters
+        return _in_bytes(weights=parameters, gradients=gradients, master=[], moments=_moments(zero))
+    weights = [getattr(p, "ds_tensor", p) for p in parameters]
+    kept = getattr(zero, "averaged_gradients", {})
+    gradients += list(kept.values())
+    return _in_bytes(weights=weights, gradients=gradients, master=partitions(zero), moments=_moments(zero.optimizer))
+
+
+def partitions(zero: Any) -> list[torch.Tensor]:
+    """The flat fp32 vectors that the torch optimizer updates: this rank's part of the model."""
+    kinds = "fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"
+    return next(getattr(zero, kind) for kind in kinds if hasattr(zero, kind))
+
+
+def describe(engine: Any) -> str:
+    """One line: the stage, and how many bytes of what this rank keeps."""
+    kept = ", ".join(f"{count:,} of {kind}" for kind, count in state_bytes(engine).items())
+    return f"ZeRO stage {engine.zero_optimization_stage()}: this rank keeps {kept} (bytes)"
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    entries = [value for state in optimizer.state.values() for value in state.values()]
+    return [value for value in entries if isinstance(value, torch.Tensor) and value.ndim]
+
+
+def _in_bytes(**kinds: Any) -> dict[str, int]:
+    def tensors(found: Any) -> list[torch.Tensor]:
+        return [found] if isinstance(found, torch.Tensor) else [t for each in found or [] for t in tensors(each)]
+
+    return {kind: sum(tensor.nbytes for tensor in tensors(found)) for kind, found in kinds.items()}

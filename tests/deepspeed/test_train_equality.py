@@ -1,0 +1,212 @@
+"""Every stage of ZeRO must give the training of one process, keep the bytes it promises, and go on from any other."""
+
+import json
+import math
+import re
+
+import pytest
+from equality import (
+    SMALL,
+    assert_same_first_gradients,
+    assert_same_rows,
+    assert_same_training,
+    assert_trains_in_low_precision,
+    largest_difference,
+    read_checkpoint,
+    read_rows,
+)
+from launching import ROOT
+
+CASES, SCRIPT = "tests/deepspeed/cases.py", "deepspeed/train.py"
+STEPS = 20
+BASE = [*SMALL, "--train.steps", str(STEPS), "--batch.global_size", "48"]
+STAGES = ["zero0", "zero1", "zero2", "zero3"]
+OFFLOAD = ["zero1_cpu_offload", "zero2_cpu_offload", "zero2_cpu_offload_pinned_memory", "zero3_cpu_offload"]
+
+
+def arguments(folder, config, *more):
+    places = ["--runs_dir", str(folder), "--run_name", "many"]
+    return [*BASE, *places, "--deepspeed_config", f"deepspeed/configs/{config}.json", *more]
+
+
+def accumulate(ranks, accumulation):
+    return ["--batch.micro_size", str(48 // ranks // accumulation)]
+
+
+def steps_of_the_optimizer(run, steps):
+    """What AdamW itself counted, for every parameter."""
+    return {int(t) for name, t in read_checkpoint(run, steps).items() if name.endswith(".step")}
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("config", [*STAGES, *(pytest.param(name, marks=pytest.mark.slow) for name in OFFLOAD)])
+def test_first_gradients(group, single_device, tmp_path, config, accumulation):
+    """ZeRO keeps its weights in fp32, so fp64 is no proof here: the first step's gradients are, parameter by parameter.
+
+    Weight decay is in the parameters, and comes out wrong when a matrix is taken for a vector.
+    """
+    options = ["--train.steps", "1", "--optimizer.clip", "1000", "--optimizer.weight_decay", "10"]
+    one = single_device(*BASE, *options)
+    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, config, *options, *accumulate(2, accumulation)))
+    assert_same_first_gradients(one, tmp_path / "many", 2 + 2 * 9 + 1)
+    a, b = read_checkpoint(one, 1), read_checkpoint(tmp_path / "many", 1)
+    assert largest_difference(a, b, "model.") <= 1e-6  # one step of 3e-4 to 1e-3: a lost decay would be 3e-4
+
+
+@pytest.mark.parametrize(("ranks", "config", "accumulation"), [
+    (2, "zero1", 4), (2, "zero2", 4), (2, "zero3", 4), (2, "zero3_cpu_offload", 1), (2, "zero2_cpu_offload", 4),
+    (3, "zero2", 1), (3, "zero3", 1),
+    *(pytest.param(4, name, count, marks=pytest.mark.slow) for name in [*STAGES, *OFFLOAD] for count in (1, 4)),
+])  # fmt: skip
+def test_training(group, single_device, tmp_path, ranks, config, accumulation):
+    """At 3 ranks partitions end in padding. AdamW's division by small roots amplifies the last bits of fp32."""
+    one, many = single_device(*BASE), tmp_path / "many"
+    group(ranks)(CASES, "train", SCRIPT, arguments(tmp_path, config, *accumulate(ranks, accumulation)))
+    assert_same_rows(one, many, 1e-5)
+    a, b = read_checkpoint(one, STEPS), read_checkpoint(many, STEPS)
+    assert largest_difference(a, b, "model.") <= 1e-4
+    assert steps_of_the_optimizer(many, STEPS) == {STEPS}  # one for each global batch, not for each micro-batch
+
+
+@pytest.mark.parametrize(("ranks", "accumulation"), [(2, 4), pytest.param(3, 1, marks=pytest.mark.slow)])
+def test_stage_0_in_fp64(group, single_device, tmp_path, ranks, accumulation):
+    """Without ZeRO the weights stay what they are, and fp64 proves the loop: what divides the loss, what is clipped."""
+    options = ["--train.precision", "fp64", "--model.tied", "true"]
+    micro = accumulate(ranks, accumulation)
+    group(ranks)(CASES, "train", SCRIPT, arguments(tmp_path, "zero0", *options, *micro))
+    assert_same_training(single_device(*BASE, *options), tmp_path / "many")
+
+
+@pytest.mark.parametrize("config", ["zero3", *(pytest.param(n, marks=pytest.mark.slow) for n in STAGES[:3])])
+def test_bf16_trains(group, single_device, tmp_path, config):
+    """DeepSpeed computes with bf16 weights, where autocast casts operations: losses are close, not equal."""
+    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, config, "--train.precision", "bf16"))
+    assert_trains_in_low_precision(single_device(*BASE), tmp_path / "many")
+
+
+@pytest.mark.parametrize("options", [
+    ["--model.tied", "true"], ["--train.activation_checkpointing", "true"], ["--optimizer.name", "sgd"],
+], ids=lambda options: " ".join(options))  # fmt: skip
+def test_options_of_stage_3(group, single_device, tmp_path, options):
+    options = [*options, *(["--optimizer.lr", "0.01"] if "sgd" in options else [])]
+    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "zero3", *options))
+    assert_same_rows(single_device(*BASE, *options), tmp_path / "many", 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- bytes
+
+
+def padded(shapes, ranks, stage):
+    """Elements of a rank's partition: stage 3 cuts each parameter, 1 and 2 cut each group, at multiples of two ranks.
+
+    The fourfold alignment of stages 1 and 2 comes from NCCL's start alignment of 2 elements per rank.
+    """
+    if stage == 3:
+        return sum(-(-math.prod(shape) // ranks) for shape in shapes)
+    matrices = sum(math.prod(shape) for shape in shapes if len(shape) >= 2)
+    vectors = sum(math.prod(shape) for shape in shapes if len(shape) < 2)
+    unit = 2 * ranks
+    return sum(-(-count // unit) * 2 for count in (matrices, vectors))
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(2, 0), (2, 1), (2, 2), (2, 3), (3, 2), (3, 3)])
+def test_bytes_per_rank(launch, tmp_path, ranks, stage):
+    """Weights, gradients, the fp32 copy and AdamW's two averages, against the formula (arXiv 1910.02054, figure 1)."""
+    options = ["--train.steps", "2", *accumulate(ranks, 2)]
+    printed = launch(SCRIPT, *arguments(tmp_path, f"zero{stage}", *options), nproc=ranks).stdout
+    found = re.search(r"ZeRO stage (\d): this rank keeps (.*) \(bytes\)", printed)
+    kept = {kind: int(n.replace(",", "")) for n, kind in re.findall(r"([\d,]+) of (\w+)", found[2])}
+    shapes = [t.shape for n, t in read_checkpoint(tmp_path / "many", 2).items() if n.startswith("model.")]
+    whole = sum(math.prod(shape) for shape in shapes)
+    part = padded(shapes, ranks, stage)
+    assert int(found[1]) == stage
+    assert kept == {
+        "weights": 4 * (part if stage == 3 else whole),
+        "gradients": 4 * (part if stage >= 2 else whole),
+        "master": 4 * part if stage else 0,
+        "moments": 8 * (part if stage else whole),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ resume
+
+
+@pytest.mark.parametrize(("first", "then"), [
+    (("zero2", 2), ("zero2", 2)),
+    (("zero3", 2), ("zero1", 3)),
+    (("zero1", 2), ("ddp", 2)),
+    (("ddp", 2), ("zero3", 3)),
+    pytest.param(("zero3", 4), ("zero3", 2), marks=pytest.mark.slow),
+    pytest.param(("zero2_cpu_offload", 2), ("zero3_cpu_offload", 4), marks=pytest.mark.slow),
+], ids=lambda value: f"{value[0]} on {value[1]}")  # fmt: skip
+def test_resume_elsewhere(group, single_device, tmp_path, first, then):
+    """Ten steps in one stage on some ranks, ten more in another on others, or under DDP: the twenty of one process."""
+
+    def go(function, config, ranks, *more):
+        script = "ddp/train.py" if config == "ddp" else SCRIPT
+        given = arguments(tmp_path, config)
+        given = given[: given.index("--deepspeed_config")] if config == "ddp" else given
+        group(ranks)(CASES, function, script, given, *more)
+
+    go("train_until", *first, 10)
+    assert len(read_rows(tmp_path / "many")) == 10
+    go("train", *then)
+    one, many = single_device(*BASE), tmp_path / "many"
+    assert_same_rows(one, many, 1e-5)
+    assert largest_difference(read_checkpoint(one, STEPS), read_checkpoint(many, STEPS), "model.") <= 1e-4
+    assert steps_of_the_optimizer(many, STEPS) == {STEPS}
+
+
+def test_run_record(group, tmp_path):
+    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "zero2", "--train.steps", "2"))
+    record = json.loads((tmp_path / "many" / "run.json").read_text())
+    assert (record["framework"], record["strategy"], record["world_size"]) == ("deepspeed", "zero2", 2)
+    assert record["versions"]["deepspeed"]
+
+
+# ------------------------------------------------------------------------------------------------ configurations
+
+
+def test_files_differ_in_zero_alone():
+    """One file a lesson: what is not ZeRO is the same in all, and no file holds a batch size."""
+    files = {path.stem: json.loads(path.read_text()) for path in (ROOT / "deepspeed" / "configs").glob("zero*.json")}
+    assert files.keys() == {*STAGES, *OFFLOAD, "zero3_nvme_offload"}
+    rest = [{k: v for k, v in settings.items() if k != "zero_optimization"} for settings in files.values()]
+    assert all(each == rest[0] for each in rest)
+    assert {rest[0][key] for key in rest[0] if "batch" in key or "accumulation" in key} == {"auto"}
+    zero = {name: settings["zero_optimization"] for name, settings in files.items()}
+    for name, settings in zero.items():
+        assert settings["stage"] == int(name[4])
+        plain = {k: v for k, v in settings.items() if not k.startswith("offload")}
+        assert plain == zero[name[:5]]
+    pinned, pageable = zero["zero2_cpu_offload_pinned_memory"], zero["zero2_cpu_offload"]
+    assert pinned == pageable | {"offload_optimizer": pageable["offload_optimizer"] | {"pin_memory": True}}
+    assert not pageable["offload_optimizer"]["pin_memory"]  # DeepSpeed's default is to pin
+
+
+@pytest.mark.parametrize(("change", "options", "words"), [
+    (None, [], "no_such.json: No such file"),
+    ("text", [], "is not valid JSON"),
+    ("[]", [], "holds a list"),
+    ({"zero_optimisation": {}}, [], "unknown key zero_optimisation; did you mean zero_optimization?"),
+    ({"zero_optimization": {"stage": 4}}, [], "zero_optimization.stage = 4; allowed: 0, 1, 2, 3"),
+    ({"zero_optimization": {"stge": 2}}, [], "unknown key zero_optimization.stge; did you mean stage?"),
+    ({"train_batch_size": 32}, [], "train_batch_size = 32, but the settings give 48"),
+    ({}, ["--train.precision", "fp64"], "ZeRO keeps its weights in fp32"),
+    ({}, ["--train.precision", "fp16"], "DeepSpeed has no fp16 on the CPU"),
+    ({}, ["--batch.micro_size", "5"], "batch.micro_size = 5 does not divide"),
+    ({}, ["--zero.stage", "2"], "unknown key zero.stage"),
+], ids=str)  # fmt: skip
+def test_bad_input(group, tmp_path, change, options, words):
+    """One line, code 2, on every rank."""
+    file = tmp_path / "no_such.json"
+    if change is not None:
+        base = json.loads((ROOT / "deepspeed" / "configs" / "zero2.json").read_text())
+        file.write_text(change if isinstance(change, str) else json.dumps(base | change))
+    given = [*arguments(tmp_path, "zero2"), "--deepspeed_config", str(file), *options]
+    for code, message in group(2)(CASES, "ends", SCRIPT, given):
+        assert code == 2
+        lines = [line for line in message.splitlines() if "error: " in line]
+        assert len(lines) == 1, message
+        assert words in lines[0], message
+    assert not (tmp_path / "many").exists()
