@@ -39,10 +39,8 @@ def engine_config(config: DeepSpeedConfig, plan: BatchPlan, ranks: Ranks) -> dic
     """
     path, precision = Path(config.deepspeed_config), config.train.precision
     settings = read(path)
-    zero = settings.get("zero_optimization", {})
-    if precision == "fp64" and zero.get("stage"):
-        advice = "use fp32, or deepspeed/configs/zero0.json"
-        fail(f"train.precision = fp64 with {path}: ZeRO keeps its weights in fp32, this would be no fp64; {advice}")
+    if precision == "fp64":
+        fail("train.precision = fp64: DeepSpeed reduces no gradients in fp64, and ZeRO keeps weights in fp32; use fp32")
     if precision == "fp16" and ranks.device.type == "cpu":
         fail("train.precision = fp16: DeepSpeed has no fp16 on the CPU; use bf16 or fp32 there")
     from_here = {
@@ -124,8 +122,8 @@ def state_bytes(engine: Any) -> dict[str, int]:
     if not hasattr(zero, "optimizer"):  # a plain torch optimizer over the model's own parameters
         return _in_bytes(weights=parameters, gradients=gradients, master=[], moments=_moments(zero))
     weights = [getattr(p, "ds_tensor", p) for p in parameters]
-    kept = getattr(zero, "averaged_gradients", {})
-    gradients += list(kept.values())
+    for kept in ("averaged_gradients", "all_grad_tensors"):  # before and between the last micro-batches
+        gradients += list(getattr(zero, kept, {}).values())
     return _in_bytes(weights=weights, gradients=gradients, master=partitions(zero), moments=_moments(zero.optimizer))
 
 

@@ -42,8 +42,6 @@ def main(config: DeepSpeedConfig) -> None:
     stage = settings["zero_optimization"]["stage"]
     with deepspeed.zero.Init(config_dict_or_path=settings, enabled=stage == 3):
         model = Transformer(config.model)
-    if config.train.precision == "fp64":
-        model.double()
     if config.train.activation_checkpointing:
         model.checkpoint_activations()
     if config.train.compile:
@@ -74,8 +72,8 @@ def main(config: DeepSpeedConfig) -> None:
             # the engine must not divide by the micro-batches again; it averages over the ranks where the global batch
             # wants the sum, hence the world size.
             engine.backward(micro_loss_sum * ranks.world_size / tokens_per_step, scale_wrt_gas=False)
-            if step == run.first_step + 1 and engine.is_gradient_accumulation_boundary():
-                run.say(describe(engine))  # in the second step all that training needs is there
+            if step == run.first_step + 1 and engine.micro_steps % plan.accumulation == 0:
+                run.say(describe(engine))  # in the second step all is there that training needs
             engine.step()  # after each micro-batch: on the last one it clips, updates and zeroes
             loss_sum += micro_loss_sum.detach()
         grad_norm = torch.as_tensor(engine.get_global_grad_norm())
