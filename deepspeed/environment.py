@@ -5,7 +5,9 @@ on one core, and a build that was killed leaves a lock that later ones wait for.
 """
 
 import os
+import sys
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -19,6 +21,9 @@ except metadata.PackageNotFoundError:
 # With CUDA there, DeepSpeed takes it even where DEVICE=cpu asks for processes on the CPU.
 if os.environ.get("DEVICE") == "cpu" or not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+# Extensions are built, and loaded, by ninja. Another version of it on the PATH would compile all anew, for minutes.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 import deepspeed
 

@@ -75,8 +75,9 @@ def read(path: Path) -> dict[str, Any]:
         fail(f"deepspeed_config {path} is not valid JSON: {error}")
     if not isinstance(settings, dict):
         fail(f"deepspeed_config {path} holds a {type(settings).__name__}; expected an object with DeepSpeed's settings")
-    zero = deepspeed.runtime.zero.config.DeepSpeedZeroConfig.model_fields
-    sections = {"": (settings, known_keys()), "zero_optimization.": (settings.get("zero_optimization", {}), set(zero))}
+    fields = deepspeed.runtime.zero.config.DeepSpeedZeroConfig.model_fields
+    zero = set(fields) | {field.alias for field in fields.values() if field.alias}  # stage3_… are such
+    sections = {"": (settings, known_keys()), "zero_optimization.": (settings.get("zero_optimization", {}), zero)}
     for prefix, (found, known) in sections.items():
         if not isinstance(found, dict):
             fail(f"{path}: {prefix.rstrip('.')} = {found!r}; expected an object")
@@ -121,7 +122,8 @@ def state_bytes(engine: Any) -> dict[str, int]:
     gradients = [p.grad for p in parameters]
     if not hasattr(zero, "optimizer"):  # a plain torch optimizer over the model's own parameters
         return _in_bytes(weights=parameters, gradients=gradients, master=[], moments=_moments(zero))
-    weights = [getattr(p, "ds_tensor", p) for p in parameters]
+    # In stage 3 a part, and those that are whole at this moment: small ones always, unless the file says otherwise.
+    weights = parameters + [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
     for kept in ("averaged_gradients", "all_grad_tensors"):  # before and between the last micro-batches
         gradients += list(getattr(zero, kept, {}).values())
     return _in_bytes(weights=weights, gradients=gradients, master=partitions(zero), moments=_moments(zero.optimizer))

@@ -10,7 +10,7 @@ SCRIPT = "deepspeed/who_divides.py"
 @pytest.mark.parametrize(("ranks", "accumulation"), [(2, 3), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_divisors(launch, ranks, accumulation):
     printed = launch(SCRIPT, "--accumulation", accumulation, nproc=ranks).stdout
-    rows = re.findall(r"^(\S.*?) +([\d.]+)   (\D+)$", printed, re.MULTILINE)
+    rows = re.findall(r"^(\S.*?) +([\d.]+)   ([^\d\n]+)$", printed, re.MULTILINE)
     found = {name: (float(gradient), words) for name, gradient, words in rows}
     over_ranks, over_all = (accumulation, "ranks"), (1, "ranks × micro-batches")
     items = "all items of the global batch"
@@ -25,7 +25,7 @@ def test_divisors(launch, ranks, accumulation):
     }
 
 
-@pytest.mark.parametrize("accumulation", ["1", "2", "0"])
+@pytest.mark.parametrize("accumulation", ["2", pytest.param("0", marks=pytest.mark.slow)])
 def test_what_could_not_be_told_apart(launch, accumulation):
     result = launch(SCRIPT, "--accumulation", accumulation, check=False)
     assert result.returncode != 0

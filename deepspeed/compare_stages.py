@@ -1,0 +1,300 @@
+"""What each stage of ZeRO and each off-load costs and saves: `finetune.py` once for each, and a table to fill.
+
+    python deepspeed/compare_stages.py                                  # two processes on a laptop, a minute a row
+    python deepspeed/compare_stages.py --ranks 4 --rounds 3 -- --model_path /path/to/model --batch.global_size 32
+    python deepspeed/compare_stages.py --configs mine.json other.json   # the baseline and your own settings
+    python deepspeed/compare_stages.py --ranks 8 --ranks-per-node 4 \\
+        --launch "srun --nodes={nodes} --ntasks={ranks} --ntasks-per-node=4 python"          # inside a Slurm job
+    python deepspeed/compare_stages.py --table runs/compare_stages/results.json              # the table again
+
+Runs are called `2Z-4G2N`: stage 2, 4 processes (GPUs) a node, 2 nodes; `-offload` keeps the optimizer in host memory,
+`-pinned` in memory that the GPU can read by itself, `-parameters` the parameters of stage 3, too. Each differs from the
+one named beside it in one thing alone. Rounds are interleaved (all rows, then all again): a machine that slows
+down harms all alike; the table shows medians over the rounds. What stands after `--` goes to `finetune.py`.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from common.ranks import fail
+
+SCRIPT = Path(__file__).with_name("finetune.py")
+CONFIGS = Path(__file__).with_name("configs")
+SECONDS_BETWEEN_SAMPLES = 0.25
+OPTIMIZER, PARAMETERS = "offload_optimizer", "offload_param"
+# name: (the row that it differs from, how; stage, sections of zero_optimization that are off-loaded, pinned)
+ROWS: dict[str, tuple[str | None, str, int | None, list[str], bool]] = {
+    "DDP": (None, "Trainer without DeepSpeed", None, [], False),
+    "0Z": ("DDP", "DeepSpeed's engine", 0, [], False),
+    "1Z": ("0Z", "optimizer state cut up", 1, [], False),
+    "1Z-offload": ("1Z", "optimizer in host memory", 1, [OPTIMIZER], False),
+    "1Z-offload-pinned": ("1Z-offload", "pinned", 1, [OPTIMIZER], True),
+    "2Z": ("1Z", "gradients cut up", 2, [], False),
+    "2Z-offload": ("2Z", "optimizer in host memory", 2, [OPTIMIZER], False),
+    "2Z-offload-pinned": ("2Z-offload", "pinned", 2, [OPTIMIZER], True),
+    "3Z": ("2Z", "parameters cut up", 3, [], False),
+    "3Z-offload": ("3Z", "optimizer in host memory", 3, [OPTIMIZER], False),
+    "3Z-offload-pinned": ("3Z-offload", "pinned", 3, [OPTIMIZER], True),
+    "3Z-offload-parameters": ("3Z-offload", "parameters in host memory", 3, [OPTIMIZER, PARAMETERS], False),
+    "3Z-offload-parameters-pinned": ("3Z-offload-parameters", "pinned", 3, [OPTIMIZER, PARAMETERS], True),
+}
+
+
+def main() -> None:
+    options, arguments = read_options()
+    if options.table:
+        return print_table(read_results(options.table))
+    folder = options.output
+    nodes = options.ranks // options.ranks_per_node
+    place = f"{options.ranks_per_node}G{nodes}N"
+    rows = own_rows(options.configs) if options.configs else standard_rows(options.rows, folder)
+    if "--model_path" not in arguments:
+        arguments = [*laptop_model(folder, options.width, options.layers), *arguments]
+    results = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "nodes": nodes, "ranks": options.ranks,
+        "arguments": arguments, "runs": [],
+    }  # fmt: skip
+    for number in range(options.rounds):
+        for row in rows:
+            name = f"{row['name']}-{place}"
+            print(f"round {number + 1} of {options.rounds}: {name}", flush=True)
+            found = measure(row, f"{name}-round{number + 1}", options, nodes, arguments)
+            results["runs"].append({**row, "run": name, "round": number + 1, **found})
+            (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")  # a stopped comparison is kept
+    print_table(results, folder / "table.md")
+    print(f"\n{folder}/results.json and table.md; the runs are beside them")
+
+
+# ----------------------------------------------------------------------------------------------------- what to run
+
+
+def read_options() -> tuple[argparse.Namespace, list[str]]:
+    """Our own options, and what stands after `--`."""
+    given = sys.argv[1:]
+    ours, theirs = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail  # type: ignore[method-assign]
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), help=f"of {', '.join(ROWS)} (default: all)")
+    parser.add_argument("--configs", nargs="+", type=Path, help="DeepSpeed's JSON files, instead of --rows")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks-per-node", type=int, help="default: all of them")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--launch", help="a launcher's command with {ranks} and {nodes} in it (default: torchrun)")
+    parser.add_argument("--output", type=Path, help="a new folder (default: runs/compare_stages-<time>)")
+    parser.add_argument("--width", type=int, default=512, help="of the random model, used without --model_path")
+    parser.add_argument("--layers", type=int, default=4, help="likewise")
+    parser.add_argument("--table", type=Path, help="print the table of this results.json, and run nothing")
+    options = parser.parse_args(ours)
+    options.ranks_per_node = options.ranks_per_node or options.ranks
+    if unknown := sorted(set(options.rows) - set(ROWS)):
+        fail(f"--rows {' '.join(unknown)}: there is no such row; allowed: {', '.join(ROWS)}")
+    if min(options.ranks, options.rounds, options.ranks_per_node) < 1 or options.ranks % options.ranks_per_node:
+        fail(
+            f"--ranks {options.ranks} --ranks-per-node {options.ranks_per_node} --rounds {options.rounds}: expected "
+            f"numbers from 1 on, and as many ranks on each node"
+        )
+    if options.steps < 3:
+        fail(f"--steps {options.steps}: expected at least 3; the first step is left out, and speed is a median")
+    if options.table:
+        return options, theirs
+    runs = os.environ.get("RUNS_DIR", "runs")
+    options.output = options.output or Path(runs) / f"compare_stages-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        options.output.mkdir(parents=True)
+    except OSError as error:
+        fail(f"--output {options.output}: {error.strerror}; give a new folder in a place that you can write to")
+    return options, theirs
+
+
+def standard_rows(names: list[str], folder: Path) -> list[dict[str, Any]]:
+    """The chosen rows; the files of those with off-load are made from configs/zeroN.json, in `folder`."""
+    rows = []
+    for name in names:
+        other, difference, stage, sections, pinned = ROWS[name]
+        row = {"name": name, "differs_from": other, "by": difference, "config": None}
+        if stage is not None:
+            settings = json.loads((CONFIGS / f"zero{stage}.json").read_text())
+            zero = settings["zero_optimization"]
+            zero |= {section: {"device": "cpu", "pin_memory": pinned} for section in sections}
+            row["config"] = str(folder / f"{name}.json")
+            Path(row["config"]).write_text(json.dumps(settings, indent=1) + "\n")
+        rows.append(row)
+    return rows
+
+
+def own_rows(files: list[Path]) -> list[dict[str, Any]]:
+    """The baseline, and a row for each of the learner's files."""
+    if missing := [str(file) for file in files if not file.is_file()]:
+        fail(f"--configs {' '.join(missing)}: no such file; give JSON files with DeepSpeed's settings")
+    if len({file.stem for file in files} | {"DDP"}) <= len(files):
+        fail(f"--configs {' '.join(map(str, files))}: rows are called after their files; give each another name")
+    first = {"name": "DDP", "differs_from": None, "by": ROWS["DDP"][1], "config": None}
+    return [first, *({"name": f.stem, "differs_from": None, "by": str(f), "config": str(f)} for f in files)]
+
+
+def laptop_model(folder: Path, width: int, layers: int) -> list[str]:
+    """Write a model with random weights, large enough to be seen in memory; returns arguments that train it."""
+    import torch
+    from environment import deepspeed  # noqa: F401  (before transformers, which imports it, too)
+
+    from common.question_answering import load_tokenizer, require
+
+    transformers = require("transformers")
+    torch.manual_seed(0)
+    shape = transformers.LlamaConfig(
+        vocab_size=257, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 64 or 1, num_key_value_heads=width // 64 or 1, max_position_embeddings=256,
+        eos_token_id=256, bos_token_id=None,
+    )  # fmt: skip
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.LlamaForCausalLM(shape)
+    model.save_pretrained(folder / "model")
+    load_tokenizer(None).save_pretrained(folder / "model")
+    print(f"a random model of {sum(p.numel() for p in model.parameters()):,} parameters: {folder}/model")
+    return ["--model_path", str(folder / "model"), "--data.sequence_length", "96", "--batch.global_size", "8",
+            "--optimizer.lr", "3e-4"]  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------- measure
+
+
+def measure(row: dict[str, Any], name: str, options: argparse.Namespace, nodes: int, arguments: list[str]) -> dict:
+    """Run `finetune.py` once. Returns loss, samples per second and memory in bytes; None for what nobody could see."""
+    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node={{ranks}}"
+    launch = shlex.split((options.launch or torchrun).format(ranks=options.ranks, nodes=nodes))
+    few = ["--data.validation_samples", "4", "--data.answer_length", "4", "--train.log_every", "1", "--export", "false"]
+    ours = ["--train.steps", str(options.steps), "--runs_dir", str(options.output), "--run_name", name]
+    config = ["--deepspeed_config", row["config"]] if row["config"] else []
+    command = [*launch, str(SCRIPT), *few, *arguments, *config, *ours]
+    folder, gpus = options.output / name, gpu_reader()
+    host, device = [], []
+    with open(options.output / f"{name}.log", "w") as log:
+        process = psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        try:
+            while process.poll() is None:
+                if (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size:
+                    host.append(resident_bytes(process))  # from the end of the first step on
+                    device.append(gpus())
+                time.sleep(SECONDS_BETWEEN_SAMPLES)
+        finally:
+            end(process)
+    if process.returncode:
+        lines = [line for line in (options.output / f"{name}.log").read_text().splitlines() if "error: " in line]
+        fail(f"{name} ended with {process.returncode}: {lines[0] if lines else 'see'} ({options.output}/{name}.log)")
+    trained = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    trained, record = [r for r in trained if "loss" in r], json.loads((folder / "run.json").read_text())
+    host, device = [value for value in host if value], [value for value in device if value]
+    on_gpu = "CPU" not in record["device"]
+    return {
+        "loss_at_first": trained[0]["loss"],
+        "loss_at_last": trained[-1]["loss"],
+        "samples_per_second": statistics.median(r["samples_per_second"] for r in trained[1:]),
+        "gpu_peak_bytes": max(record["peak_memory_bytes"]) if on_gpu else None,  # as torch allocated, on one rank
+        "gpu_average_bytes": statistics.fmean(device) if on_gpu and device else None,  # as the driver says
+        "cpu_peak_bytes": max(host) if host else None,
+        "cpu_average_bytes": statistics.fmean(host) if host else None,
+        "device": record["device"],
+    }
+
+
+def resident_bytes(process: psutil.Process) -> int:
+    """Resident memory of all that the launcher has started on this machine; shared pages count in each."""
+    total = 0
+    with contextlib.suppress(psutil.Error):
+        for child in process.children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                total += child.memory_info().rss
+    return total
+
+
+def gpu_reader() -> Any:
+    """A function that says how many bytes are in use on the fullest GPU of this machine; 0 where there is none."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    except Exception:  # no package, or no driver: finetune.py's own record has the peak
+        return lambda: 0
+    return lambda: max((pynvml.nvmlDeviceGetMemoryInfo(handle).used for handle in handles), default=0)
+
+
+def end(process: psutil.Popen) -> None:
+    """Leave no rank behind when we are interrupted."""
+    if process.poll() is None:
+        family = [*process.children(recursive=True), process]
+        for member in family:
+            with contextlib.suppress(psutil.Error):
+                member.terminate()
+        psutil.wait_procs(family, timeout=20)
+
+
+# ----------------------------------------------------------------------------------------------------------- table
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    try:
+        results = json.loads(path.read_text())
+        assert results["runs"]
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        fail(f"--table {path}: not a results.json of this script ({error})")
+    return results
+
+
+def print_table(results: dict[str, Any], path: Path | None = None) -> None:
+    """A Markdown table: a row for each run, the medians over its rounds."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for run in results["runs"]:
+        runs.setdefault(run["run"], []).append(run)
+    lines = [
+        "| run | differs from | by | loss, first → last | samples/s | GPU GiB: peak / mean | CPU GiB: peak / mean |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, rounds in runs.items():
+
+        def median(key: str, rounds: list[dict[str, Any]] = rounds) -> float | None:
+            found = [run[key] for run in rounds if run[key] is not None]
+            return statistics.median(found) if found else None
+
+        def gib(kind: str, median: Any = median) -> str:
+            values = (median(f"{kind}_peak_bytes"), median(f"{kind}_average_bytes"))
+            return " / ".join("–" if value is None else f"{value / 2**30:.2f}" for value in values)
+
+        first = rounds[0]
+        lines.append(
+            f"| `{name}` | {first['differs_from'] or '–'} | {first['by']} | {median('loss_at_first'):.4f} → "
+            f"{median('loss_at_last'):.4f} | {median('samples_per_second'):.1f} | {gib('gpu')} | {gib('cpu')} |"
+        )
+    everyone = results["runs"]
+    spread = max(
+        max(run[key] for run in everyone) - min(run[key] for run in everyone)
+        for key in ("loss_at_first", "loss_at_last")
+    )
+    device, rounds = everyone[0]["device"], max(run["round"] for run in everyone)
+    lines += [
+        "",
+        f"{results['ranks']} ranks on {results['nodes']} node(s), {device}; {rounds} round(s), "
+        f"{results['started'][:10]}. Losses of all rows within {spread:.1e} of each other.",
+    ]
+    print("\n".join(["", *lines]))
+    if path:
+        path.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main()

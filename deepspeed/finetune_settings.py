@@ -1,0 +1,183 @@
+"""Fine-tuning with the Trainer of `transformers`: its settings, the model, and the checkpoints that Trainer writes."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.checkpoint import checksum
+from common.config import RunConfig, TrainConfig
+from common.question_answering import QuestionsConfig, require
+from common.ranks import Ranks, fail
+
+MANIFEST = "complete.json"
+
+
+@dataclass
+class FinetuneTrain(TrainConfig):
+    """How long to train, in which arithmetic, and what to look at on the way."""
+
+    steps: int = 300
+    """Optimizer steps of the whole training, whatever the world size."""
+    check_replicas_every: int = 0
+    """Only 0: Trainer and DeepSpeed keep the replicas, and this script does not look."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compile or self.precision == "fp64" or self.check_replicas_every:
+            raise ValueError(
+                f"train.compile = {self.compile}, train.precision = {self.precision} and train.check_replicas_every = "
+                f"{self.check_replicas_every} with Trainer: expected false, one of fp32, bf16, fp16, and 0"
+            )
+
+
+@dataclass
+class FinetuneConfig(RunConfig):
+    """The settings of this script."""
+
+    train: FinetuneTrain = field(default_factory=FinetuneTrain)
+    data: QuestionsConfig = field(default_factory=QuestionsConfig)
+    model_path: str | None = None
+    """A local folder in the Hugging Face format, with safetensors; by default a tiny Llama with random weights."""
+    export: bool = True
+    """Write the model to exported/ in the run folder when all steps are done."""
+    deepspeed_config: str | None = None
+    """A JSON file in DeepSpeed's own format; without one Trainer uses DDP, which is the baseline."""
+    nvme_path: str = ""
+    """Where parameters and optimizer state go if the file says nvme; default: the variable TMPDIR, else /tmp."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resume not in ("auto", "never"):
+            raise ValueError(
+                f"resume = {self.resume}: Trainer's checkpoints are not those of the other scripts; give the run_name "
+                f"of the run to go on with, and resume = auto"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------- the model
+
+
+def model_config(config: FinetuneConfig) -> Any:
+    """The `transformers` configuration of the model to train: the folder's, or that of a tiny Llama.
+
+    Raises:
+        SystemExit: (exit code 2) no such folder, no config.json, no safetensors, or sequences too long for the model.
+    """
+    transformers = require("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    if config.model_path is None:
+        return transformers.LlamaConfig(
+            vocab_size=257, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, eos_token_id=256,
+            bos_token_id=None, pad_token_id=None,
+        )  # fmt: skip
+    folder, weights = Path(config.model_path), ("model.safetensors", "model.safetensors.index.json")
+    if not (folder / "config.json").is_file():
+        fail(f"model_path = {folder}: no config.json there; expected a model's folder in the Hugging Face format")
+    if not any((folder / name).is_file() for name in weights):
+        fail(f"model_path = {folder}: neither {' nor '.join(weights)} there; other kinds of weights may run code")
+    try:
+        found = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a damaged file makes the library raise
+        fail(f"model_path = {folder}: config.json cannot be used ({error}); fetch it again")
+    longest = getattr(found.get_text_config(), "max_position_embeddings", None)
+    if longest and config.data.sequence_length > longest:
+        length = config.data.sequence_length
+        fail(f"data.sequence_length = {length}, but {folder} takes {longest} tokens; lower it to {longest} or less")
+    return found
+
+
+def draw_model(config: FinetuneConfig, shape: Any) -> nn.Module:
+    """A causal language model with random weights in fp32. Call it before Trainer's arguments exist: see `read_model`.
+
+    In parts, its random numbers would come in another order, and stage 3 would start elsewhere than the others.
+    """
+    torch.manual_seed(config.seed)
+    return require("transformers").AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+
+
+def read_model(config: FinetuneConfig, shape: Any) -> nn.Module:
+    """The causal language model of a folder in fp32.
+
+    If the `TrainingArguments` made before say stage 3, `transformers` cuts each parameter up as soon as it is made,
+    and gives the ranks their parts: no rank holds the whole model.
+    """
+    try:
+        model, report = require("transformers").AutoModelForCausalLM.from_pretrained(
+            config.model_path, config=shape, dtype=torch.float32, local_files_only=True, use_safetensors=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # whatever a damaged file makes the library raise
+        fail(f"model_path = {config.model_path}: the weights cannot be used ({error}); fetch the files again")
+    if absent := sorted(report["missing_keys"]):  # transformers would go on with random values
+        fail(f"model_path = {config.model_path}: {', '.join(absent[:3])} missing ({len(absent)} in all)")
+    return model
+
+
+def dimensions(parameter: nn.Parameter) -> int:
+    """How many dimensions a parameter has when it is whole; stage 3 leaves an empty vector in its place."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+
+def commit(folder: Path, step: int, strategy: str, keep: int, ranks: Ranks) -> None:
+    """When all ranks have written their parts of a checkpoint: the list of its files, then older ones are removed.
+
+    Trainer itself takes the checkpoint with the highest number, also one that was never finished.
+    """
+    ranks.barrier()
+    if ranks.is_main:
+        files = {str(path.relative_to(folder)): checksum(path) for path in folder.rglob("*") if path.is_file()}
+        manifest = {"step": step, "world_size": ranks.world_size, "strategy": strategy, "files": files}
+        (folder / "unfinished").write_text(json.dumps(manifest, indent=1))
+        os.replace(folder / "unfinished", folder / MANIFEST)
+        for old in committed(folder.parent)[:-keep]:
+            shutil.rmtree(old)
+    ranks.barrier()
+
+
+def committed(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, by step."""
+    found = [manifest.parent for manifest in folder.glob(f"checkpoint-*/{MANIFEST}")]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def last_checkpoint(folder: Path, strategy: str, ranks: Ranks) -> tuple[Path | None, int]:
+    """The checkpoint to go on from and its step, or (None, 0); the same on all ranks.
+
+    Raises:
+        SystemExit: (exit code 2) a file of it changed, or it is of another world size or strategy: each rank of ZeRO
+            has written its own part of the optimizer, and there is no way to cut it up otherwise.
+    """
+    answer: tuple[Path | None, int, str | None] = (None, 0, None)
+    if ranks.is_main and (found := committed(folder)):
+        answer = check(found[-1], strategy, ranks.world_size)
+    path, step, problem = ranks.broadcast(answer)
+    if problem:
+        fail(problem)
+    return path, step
+
+
+def check(path: Path, strategy: str, world_size: int) -> tuple[Path, int, str | None]:
+    """A checkpoint, its step, and what is wrong with it."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    made, now = (manifest["strategy"], manifest["world_size"]), (strategy, world_size)
+    if made != now:
+        problem = (
+            f"{path} was made with {made[0]} on {made[1]} ranks, this is {now[0]} on {now[1]}: Trainer cannot read it; "
+            f"go on as it was made, or start a new run_name from its export"
+        )
+        return path, 0, problem
+    # DeepSpeed's parts are pickles, which may run code when they are read: only files that this run wrote.
+    for name, entry in manifest["files"].items():
+        if not (path / name).is_file() or checksum(path / name) != entry:
+            return path, 0, f"{path / name} is missing or changed since it was written; remove {path} to go on without"
+    return path, manifest["step"], None

@@ -1,0 +1,358 @@
+"""ZeRO-Offload and ZeRO-Infinity: what lies on the device, in host memory and on disk, before and after a step.
+
+    torchrun --nproc-per-node=2 deepspeed/zero_offload.py                          # some ten seconds on a laptop
+    torchrun --nproc-per-node=4 deepspeed/zero_offload.py --model.preset llama_1b --pin_memory true    # four GPUs
+    python deepspeed/zero_offload.py --build true     # once, before NVMe: compiles async_io, 7 to 15 minutes
+
+The same model takes the same steps with ZeRO-2, ZeRO-2 with the optimizer in host memory, ZeRO-3 with everything in
+host memory, and ZeRO-3 with everything on disk. Bytes are those behind all tensors of this process and in its swap
+files; beside them stands what the papers predict: ZeRO (arXiv 1910.02054), ZeRO-Offload (2101.06840), ZeRO-Infinity
+(2104.07857). On the CPU, device and host are the same memory: there the table shows what would lie where on a GPU.
+"""
+
+import fcntl
+import gc
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from environment import deepspeed
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.utils import cpp_extension
+
+from common.config import parse
+from common.data_sharding import derive_seed
+from common.optimizer import OptimizerConfig, build_optimizer
+from common.ranks import Ranks, fail, join, single_process
+from common.transformer import ModelConfig, Transformer
+
+CASES = {  # name: what it is, ZeRO's stage, where the optimizer goes, where the parameters go
+    "zero2": ("ZeRO-2, nothing off-loaded", 2, None, None),
+    "zero2_cpu": ("ZeRO-2, optimizer in host memory (ZeRO-Offload)", 2, "cpu", None),
+    "zero3_cpu": ("ZeRO-3, parameters and optimizer in host memory", 3, "cpu", "cpu"),
+    "zero3_nvme": ("ZeRO-3, parameters and optimizer on disk (ZeRO-Infinity)", 3, "nvme", "nvme"),
+}
+ROLES = ("parameters", "gradients", "optimizer", "buffers")
+MOMENTS = ("before the step", "after backward", "after the step")
+
+Held = Counter[tuple[str, str]]  # (place, role) -> bytes
+
+
+@dataclass
+class OffloadConfig:
+    case: Literal["all", "zero2", "zero2_cpu", "zero3_cpu", "zero3_nvme"] = "all"
+    """One case, or all of them (NVMe only where it can run)."""
+    steps: int = 5
+    """Steps to time; the first one, in which memory is allocated, is not among them."""
+    sequence_length: int = 64
+    """Random tokens per rank and step."""
+    pin_memory: bool = False
+    """Page-lock what is off-loaded: copies to and from a GPU are faster. Without effect on the CPU."""
+    nvme_path: str = ""
+    """A folder on a disk of this node; default: the variable TMPDIR, else /tmp."""
+    build: bool = False
+    """Compile async_io, which NVMe needs, and end."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    seed: int = 1234
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps = {self.steps} cannot work; allowed: at least 1")
+        if not 1 <= self.sequence_length <= self.model.max_sequence:
+            longest = f"1 to model.max_sequence = {self.model.max_sequence}"
+            raise ValueError(f"sequence_length = {self.sequence_length} cannot work; allowed: {longest}")
+
+
+@record
+def main(config: OffloadConfig) -> None:
+    if config.build:
+        return build_async_io()
+    ranks = join(config.device)
+    deepspeed.init_distributed(verbose=False)  # takes the process group that is there
+    names = list(CASES) if config.case == "all" else [config.case]
+    # One rank looks: ranks that tried the lock at the same time would see each other.
+    if "zero3_nvme" in names and (reason := ranks.broadcast(why_not_nvme() if ranks.is_main else "")):
+        if config.case == "zero3_nvme":
+            fail(reason)
+        names.remove("zero3_nvme")
+        say(ranks, f"zero3_nvme is left out: {reason}\n")
+    if ranks.device.type == "cpu":
+        say(ranks, "no GPU: device and host are one memory here; the table shows what would lie where with a GPU")
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in Transformer(config.model).parameters())
+    say(ranks, f"Ψ = {count:,} parameters, n = {ranks.world_size} ranks, bf16; bytes on rank 0")
+    for name in names:
+        run_case(name, config, count, ranks)
+    ranks.leave()
+
+
+def run_case(name: str, config: OffloadConfig, count: int, ranks: Ranks) -> None:
+    """Take the steps of one case and print what was where, and how long it took."""
+    swap = open_swap_folder(config, ranks) if name == "zero3_nvme" else None
+    gc.collect()
+    before = set(storages(gc.get_objects()))
+    engine, optimizer = build(name, config, swap, ranks)
+    held = [measure(engine, before, name, swap, ranks)]
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, ranks.rank))
+    shape = (1, config.sequence_length + 1)
+    text = torch.randint(config.model.vocabulary, shape, generator=generator).to(ranks.device)
+    before |= set(storages([text]))
+    seconds: dict[str, list[float]] = {"forward": [], "backward": [], "step": []}
+
+    for step in range(1 + config.steps):
+        clock = [now(ranks)]
+        loss = engine(text[:, :-1], text[:, 1:]) / config.sequence_length
+        clock.append(now(ranks))
+        engine.backward(loss)
+        clock.append(now(ranks))
+        if step == 0:
+            loss = loss.detach()  # lets go of what the forward kept
+            before |= set(storages([loss]))
+            held.append(measure(engine, before, name, swap, ranks))
+        start = now(ranks)
+        engine.step()
+        if step == 0:
+            held.append(measure(engine, before, name, swap, ranks))
+        else:
+            for kind, value in zip(
+                seconds, (clock[1] - clock[0], clock[2] - clock[1], now(ranks) - start), strict=True
+            ):
+                seconds[kind].append(value)
+
+    print_case(name, held, count, ranks)
+    medians = [statistics.median(values) for values in seconds.values()]
+    slowest = [max(of_rank) for of_rank in zip(*ranks.all_gather(medians), strict=True)]
+    times = ", ".join(f"{kind} {1000 * value:.1f} ms" for kind, value in zip(seconds, slowest, strict=True))
+    say(ranks, f"  {times} (median of {config.steps}); loss {loss.item():.6f} in step {1 + config.steps}")
+    engine.destroy()
+    del engine, optimizer, loss
+    gc.collect()
+    ranks.barrier()
+    if swap:
+        shutil.rmtree(swap, ignore_errors=True)
+
+
+def build(name: str, config: OffloadConfig, swap: Path | None, ranks: Ranks) -> tuple[Any, torch.optim.Optimizer]:
+    """The engine of one case. Sizes are set so that a small model shows what a large one does."""
+    _, stage, optimizer_to, parameters_to = CASES[name]
+    model = Transformer(config.model, config.seed)
+    largest = max(parameter.numel() for parameter in model.parameters())
+    where = {"pin_memory": config.pin_memory} | ({"nvme_path": str(swap)} if swap else {})
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": largest}  # default: 500 million elements, allocated
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = 0  # default: up to 100,000 elements are never cut up
+        zero["sub_group_size"] = max(largest, 1_000_000)  # what the optimizer updates at a time; default: 1 billion
+    if optimizer_to:
+        zero["offload_optimizer"] = {"device": optimizer_to, **where}
+    if parameters_to:
+        zero["offload_param"] = {"device": parameters_to, **where}
+        if swap:  # default: 5 buffers of 100 million elements, and up to 1 billion stay in memory as well
+            size = max(-(-largest // ranks.world_size), 1024)
+            zero["offload_param"] |= {"buffer_size": size, "buffer_count": 5, "max_in_cpu": 0}
+            # Each parameter that is whole, or on its way, takes a buffer: by default (1 billion) a whole small model.
+            keys = "stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"
+            zero |= dict.fromkeys(keys, 0)
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "bf16": {"enabled": True},
+        # A torch optimizer, which DeepSpeed does not know, in place of its own CPU Adam, which has to be compiled.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+    }
+    optimizer = build_optimizer(
+        model.parameters(), OptimizerConfig(), torch.device("cpu" if optimizer_to else ranks.device)
+    )
+    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine, optimizer
+
+
+# ------------------------------------------------------------------------------------------------- measuring
+
+
+def storages(objects: Iterable[Any]) -> dict[int, tuple[torch.UntypedStorage, torch.Tensor]]:
+    """Memory behind the tensors among the objects, by its identity; views of one memory count once."""
+    found = {}
+    for item in objects:
+        if issubclass(type(item), torch.Tensor) and item.device.type != "meta" and item.layout == torch.strided:
+            storage = item.untyped_storage()
+            if storage.nbytes():
+                found[storage._cdata] = (storage, item)
+    return found
+
+
+def owners(engine: Any) -> dict[str, list[Any]]:
+    """Which tensors of an engine play which role; names of DeepSpeed 0.19."""
+    zero, parameters = engine.optimizer, list(engine.module.parameters())
+    master = list(getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups)
+    averages = [value for entries in zero.optimizer.state.values() for value in entries.values()]
+    partitions = getattr(zero, "averaged_gradients", None) or {}
+    gradients = [tensor.grad for tensor in (*master, *parameters)] + [
+        getattr(zero, "grad_partitions_flat_buffer", None)
+    ]
+    gradients += [tensor for group in partitions.values() for tensor in (group or [])]
+    if swapper := getattr(zero, "optimizer_swapper", None):  # of sub-groups that are on disk, until the step
+        gradients += [t for info in swapper.swap_params_info.values() for t in info.unswapped_gradients.values()]
+    shards = [getattr(parameter, "ds_tensor", None) for parameter in parameters]
+    return {"optimizer": master + averages, "gradients": gradients, "parameters": parameters + shards}
+
+
+def host_buffers(engine: Any) -> list[Any]:
+    """What DeepSpeed stages in host memory on the way to the device or the disk."""
+    zero = engine.optimizer
+    found = list(getattr(zero, "param_buffer_of_bit16_for_cpu_offload_groups", []))
+    found.append(getattr(zero, "temp_grad_buffer_for_cpu_offload", None))
+    if swapper := getattr(zero, "optimizer_swapper", None):
+        found += swapper.swap_buffer_manager.all_buffers
+    for parameter in engine.module.parameters():
+        if swapper := getattr(parameter, "nvme_swapper", None):
+            found += [swapper.buffers, swapper.partitioned_swap_buffer]
+    return found
+
+
+def measure(engine: Any, before: set[int], name: str, swap: Path | None, ranks: Ranks) -> Held:
+    """Bytes by place and role: every tensor of this process that was not there before the engine, and swap files."""
+    _, _, optimizer_to, parameters_to = CASES[name]
+    gc.collect()
+    role_of = {key: role for role, tensors in owners(engine).items() for key in storages(tensors)}
+    staged = set(storages(host_buffers(engine)))
+    off_loaded = {"parameters": parameters_to, "gradients": optimizer_to, "optimizer": optimizer_to}
+    held: Held = Counter()
+    for key, (storage, tensor) in storages(gc.get_objects()).items():
+        if key in before:
+            continue
+        role = role_of.get(key, "buffers")
+        if ranks.device.type == "cuda":  # as it is
+            place = "device" if tensor.is_cuda else "pinned" if tensor.is_pinned() else "host"
+        else:  # as the settings would have it
+            place = "host" if key in staged or off_loaded.get(role) else "device"
+        held[place, role] += storage.nbytes()
+    for path in swap.rglob("*") if swap else []:
+        if path.is_file() and f"rank{ranks.rank}" in path.parts:
+            of_parameters = path.parent.parent.name.endswith("params")
+            role = "parameters" if of_parameters else "gradients" if "gradient" in path.name else "optimizer"
+            held["disk", role] += path.stat().st_size
+    return held
+
+
+def predicted(name: str, count: int, n: int) -> dict[tuple[str, str], tuple[str, int]]:
+    """What the papers give for mixed precision with Adam: 2 bytes of weights and of gradients, 12 of fp32 state."""
+    _, stage, optimizer_to, parameters_to = CASES[name]
+    places = {None: "device", "cpu": "host", "nvme": "disk"}
+    weights = ("2 Ψ/n", 2 * count // n) if stage == 3 else ("2 Ψ", 2 * count)
+    return {
+        (places[parameters_to], "parameters"): weights,
+        (places[optimizer_to], "gradients"): ("2 Ψ/n", 2 * count // n),
+        (places[optimizer_to], "optimizer"): ("12 Ψ/n", 12 * count // n),
+    }
+
+
+def print_case(name: str, held: list[Held], count: int, ranks: Ranks) -> None:
+    formula = predicted(name, count, ranks.world_size)
+    say(ranks, f"\n{CASES[name][0]}")
+    say(ranks, " " * 21 + "".join(f"{moment:>17}" for moment in MOMENTS) + "   by the papers")
+    for place in ("device", "pinned", "host", "disk"):
+        for role in ROLES:
+            row, (words, expected) = [each[place, role] for each in held], formula.get((place, role), ("", 0))
+            if any(row) or expected:
+                by_formula = f"{expected:>16,}  {words}" if expected else ""
+                say(ranks, f"  {place:7}{role:12}" + "".join(f"{value:>17,}" for value in row) + by_formula)
+    for place in ("device", "pinned", "host", "disk"):
+        of_ranks = ranks.all_gather(sum(value for (where, _), value in held[-1].items() if where == place))
+        if any(of_ranks):
+            say(ranks, f"  {place} after the step, by rank: {'  '.join(f'{value:,}' for value in of_ranks)}")
+
+
+def now(ranks: Ranks) -> float:
+    """The time when the device has done all that it was told."""
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize(ranks.device)
+    return time.perf_counter()
+
+
+# ------------------------------------------------------------------------------------------------------ NVMe
+
+
+def why_not_nvme() -> str:
+    """What is missing for off-load to NVMe; empty if nothing is. In one line: DeepSpeed itself would build, or hang."""
+    folder = Path(cpp_extension._get_build_directory("async_io", verbose=False))
+    if problem := locked(folder):
+        return problem
+    if not cpp_extension.is_ninja_available():
+        return "ninja is missing, with which DeepSpeed loads its extension async_io; install it: pip install ninja"
+    if not (folder / "async_io.so").is_file():
+        if problem := cannot_build():
+            return problem
+        once = "python deepspeed/zero_offload.py --build true"
+        return f"the extension async_io is not built; build it once, 7 to 15 minutes of one core: {once}"
+    return ""
+
+
+def cannot_build() -> str:
+    """What a build of async_io would lack: a compiler, or the headers of libaio."""
+    if not (shutil.which("c++") or os.environ.get("CXX")):
+        return "no C++ compiler (c++) for DeepSpeed's extension async_io; install g++, or load your site's module"
+    if not deepspeed.ops.op_builder.AsyncIOBuilder().is_compatible(verbose=False):
+        where = "CFLAGS and LDFLAGS may say where it is"
+        return (
+            f"libaio with its headers is missing for the extension async_io; install libaio-dev (libaio-devel); {where}"
+        )
+    return ""
+
+
+def locked(folder: Path) -> str:
+    """Whether the lock of a build stands in the way. Without this a rank would wait in silence while it is there."""
+    lock = folder / "lock"
+    if not lock.exists():
+        return ""
+    if not hasattr(cpp_extension, "FileLock"):  # an older torch: what counts is that the file is there
+        return f"{lock}: the lock of a build that is going on, or was killed; if no ninja is running, remove that file"
+    with lock.open("a") as file:  # since 2.15 the kernel holds the lock, and frees it when the builder dies
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return f"{lock} is held: another process is building this extension now; wait for it, or end it"
+    return ""
+
+
+def build_async_io() -> None:
+    """Compile async_io and what it needs; a second time it is only loaded."""
+    single_process("cpu")
+    folder = Path(cpp_extension._get_build_directory("async_io", verbose=False))
+    if problem := locked(folder) or cannot_build():
+        fail(problem)
+    start = time.perf_counter()
+    deepspeed.ops.op_builder.AsyncIOBuilder().load(verbose=False)
+    print(f"async_io: ready in {folder} after {time.perf_counter() - start:.1f} s")
+
+
+def open_swap_folder(config: OffloadConfig, ranks: Ranks) -> Path:
+    """A new folder for swap files, of the same name on every node. SystemExit: it cannot be made."""
+    parent = config.nvme_path or os.environ.get("TMPDIR") or tempfile.gettempdir()
+    folder = Path(parent) / f"zero_offload_{ranks.broadcast(os.getpid())}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"nvme_path {parent}: {error.strerror}; choose a folder on a disk of this node")
+    ranks.barrier()
+    return folder
+
+
+def say(ranks: Ranks, line: str) -> None:
+    if ranks.is_main:
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main(parse(OffloadConfig))

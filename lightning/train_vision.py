@@ -1,0 +1,395 @@
+"""Images under Lightning's Trainer: the training of `ddp/train_vision.py`, with a loop that somebody else wrote.
+
+    python lightning/train_vision.py --devices 2       # Lightning starts the second process; accuracy > 0.95
+    torchrun --nproc-per-node=2 lightning/train_vision.py --model.name small_cnn         # seconds, accuracy > 0.9
+    torchrun --nproc-per-node=8 lightning/train_vision.py --config ddp/configs/resnet50_imagenet.yaml  # 8 GPUs
+
+The settings are those of `ddp/train_vision.py`, whose config files fit; networks and batches are the same to the bit.
+What was one loop there is cut up here into what the Trainer calls: a data module says where batches come from, a
+module what to do with one, a callback what to note down. Each part says which of Lightning's habits it has to mind.
+"""
+
+import math
+import signal
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from fabric_loop import placement
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.distributed.elastic.multiprocessing import errors as elastic
+from torch.nn.utils import clip_grad_norm_
+from torchvision.models import resnet18, resnet50
+
+from common.config import RunConfig, TrainConfig, parse
+from common.data import ImageConfig, ImageDataset, image_datasets
+from common.data_sharding import BatchConfig, BatchPlan, Loader, evaluation_batches
+from common.flops import forward_flops
+from common.optimizer import OptimizerConfig, build_optimizer, learning_rate, set_learning_rate
+from common.ranks import Ranks, fail
+from common.run import Run
+
+# What Lightning 2.6 says outside of srun where Slurm is installed, and with a torch that is newer than itself.
+DATED = r"The `srun` command is available|`broadcast_buffers` is deprecated|`isinstance\(treespec, LeafSpec\)`"
+
+PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp64": "64-true"}
+
+
+@dataclass
+class VisionTrain(TrainConfig):
+    """How long to train, in which arithmetic, and what to look at on the way."""
+
+    steps: int = 120
+    """Optimizer steps of the whole training, whatever the world size."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread evenly over all classes (arXiv 1512.00567, section 7)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.label_smoothing < 1:
+            found = f"train.label_smoothing = {self.label_smoothing}"
+            raise ValueError(f"{found} must lie between 0 and 1 (1 excluded)")
+        if self.activation_checkpointing:
+            raise ValueError(
+                "train.activation_checkpointing = true is not for this script: computing a block again would "
+                "count the batch twice in BatchNorm's statistics; lower batch.micro_size to save memory"
+            )
+
+
+@dataclass
+class VisionBatch(BatchConfig):
+    """The batch of one optimizer step, and how much of it goes through the model at a time."""
+
+    global_size: int = 48
+    """Images per optimizer step over all ranks; must divide evenly among the data-parallel ranks."""
+
+
+@dataclass
+class VisionModel:
+    """Which network, and how it normalises."""
+
+    name: Literal["resnet18", "resnet50", "small_cnn"] = "resnet18"
+    """A ResNet of torchvision (with a stem for small images up to 64 pixels), or three convolutions."""
+    norm: Literal["batch", "group"] = "batch"
+    """batch: BatchNorm, over the micro-batch of each rank; group: GroupNorm, over each image by itself."""
+    sync_batchnorm: bool = False
+    """BatchNorm over the micro-batches of all ranks together; only on GPUs."""
+
+    def __post_init__(self) -> None:
+        if self.sync_batchnorm and self.norm != "batch":
+            raise ValueError(f"model.sync_batchnorm = true needs model.norm = batch, found {self.norm}")
+
+
+@dataclass
+class VisionOptimizer(OptimizerConfig):
+    """SGD as in most vision recipes; its learning rate is given for one batch size and scaled to yours."""
+
+    name: Literal["adamw", "sgd"] = "sgd"
+    """adamw, or sgd with momentum betas[0]."""
+    lr: float = 0.2
+    """Peak learning rate for a batch of lr_batch images."""
+    lr_batch: int | None = 256
+    """The peak is lr × batch.global_size / lr_batch; null: it is lr, whatever the batch."""
+    weight_decay: float = 5e-4
+    """Applied to convolutions and matrices only; norms and biases are left alone."""
+    clip: float = math.inf
+    """Largest global gradient norm; .inf never clips."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lr_batch is not None and self.lr_batch < 1:
+            raise ValueError(f"optimizer.lr_batch = {self.lr_batch} must be at least 1, or null")
+
+
+@dataclass
+class VisionConfig(RunConfig):
+    """The settings of `ddp/train_vision.py`, and one for Lightning's own launcher."""
+
+    train: VisionTrain = field(default_factory=VisionTrain)
+    batch: VisionBatch = field(default_factory=VisionBatch)
+    optimizer: VisionOptimizer = field(default_factory=VisionOptimizer)
+    data: ImageConfig = field(default_factory=ImageConfig)
+    model: VisionModel = field(default_factory=VisionModel)
+    devices: int | None = None
+    """Processes on each node. Default: as many as torchrun or srun started; else one per GPU, or one on the CPU."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.devices is not None and self.devices < 1:
+            raise ValueError(f"devices = {self.devices} cannot work; allowed: at least 1, or null")
+
+
+@elastic.record  # torchrun then reports the rank that failed first, and why
+def main(config: VisionConfig) -> None:
+    warnings.filterwarnings("ignore", DATED)
+    launcher, where = placement(config)
+    on_gpu = where["accelerator"] == "cuda"
+
+    # ---- data: the batch of step N is a pure function of the seed and N, random crops and flips included
+    train_set, validation_set, classes = image_datasets(config.data)
+    plan = BatchPlan(config.batch, len(train_set), config.seed, 0, where["devices"] * where["num_nodes"])
+    data = VisionData(config, plan, train_set, validation_set)
+
+    # ---- model: built before the Trainer, which would draw the weights of a "64-true" training in fp64
+    example = train_set[0][0].unsqueeze(0)  # (1, channels, height, width)
+    model = build_model(config.model, example.shape[1], example.shape[2], classes, config.seed)
+    if config.model.norm == "batch" and not config.model.sync_batchnorm and plan.micro_size == 1:
+        fail(
+            "each rank has 1 image in a micro-batch, and BatchNorm needs more to take a mean of; raise "
+            "batch.global_size or batch.micro_size, or use --model.norm group"
+        )
+    if config.model.sync_batchnorm and not on_gpu:
+        fail("model.sync_batchnorm = true: torch has it for GPUs only; on the CPU, use --model.norm group")
+    flops = 3 * forward_flops(model, example)  # backward costs twice the forward
+    if on_gpu:  # where convolutions are fastest with the channels of a pixel side by side (NHWC) in memory
+        model = model.to(memory_format=torch.channels_last)
+    if config.train.compile:
+        model.compile()
+
+    # ---- the lesson: what the Trainer is told, and from then on it does. Its own sampler, logger, progress bar and
+    # checkpoints (pickles that fit no other script) stay off: here they are those of every other script.
+    record = Record(config, launcher, where["devices"], flops)
+    trainer = Trainer(
+        **where,
+        # DDP would send rank 0's statistics around when validation begins (and a rank that has no image to validate
+        # would not be there to take them); average_statistics has made them agree already.
+        strategy=DDPStrategy(
+            timeout=timedelta(seconds=config.timeout_s), gradient_as_bucket_view=True, broadcast_buffers=False
+        ),
+        precision=PRECISION[config.train.precision],
+        sync_batchnorm=config.model.sync_batchnorm,
+        accumulate_grad_batches=plan.accumulation,
+        max_epochs=-1,  # the callback says when to stop
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[record],
+    )
+    trainer.fit(VisionModule(config, model), data)
+    record.run.finish()
+    record.ranks.leave()  # a barrier, then the end of the process group
+
+
+class VisionData(LightningDataModule):
+    """Where batches come from. One epoch of the Trainer is what lies between two evaluations, after which it validates.
+
+    Args:
+        config: the settings.
+        plan: that of rank 0.
+        train_set, validation_set: from `image_datasets`.
+    """
+
+    def __init__(
+        self, config: VisionConfig, plan: BatchPlan, train_set: ImageDataset, validation_set: ImageDataset
+    ) -> None:
+        super().__init__()
+        self.config, self.plan, self.train_set, self.validation_set = config, plan, train_set, validation_set
+        self.step = 0
+        """The step that is loaded next; the callback sets it where a run goes on."""
+
+    def setup(self, stage: str) -> None:
+        """On every rank, as soon as it knows its number: take its part of the plan."""
+        self.plan = replace(self.plan, rank=self.trainer.global_rank)
+        self.device = self.trainer.strategy.root_device
+        self.loader = Loader(self.train_set, self.plan, self.device, self.config.data.workers)
+
+    def train_dataloader(self) -> "Epochs":
+        """Micro-batches: images (micro_size, channels, height, width), labels (micro_size,) int64."""
+        return Epochs(self.epoch)
+
+    def epoch(self) -> Iterator[Any]:
+        steps, every = self.config.train.steps, self.config.train.eval_every
+        end = min(steps, (self.step // every + 1) * every) if every else steps
+        while self.step < end:
+            for micro_batch, _ in self.loader.micro_batches(self.step):
+                yield micro_batch
+            self.step += 1
+
+    def val_dataloader(self) -> "Epochs":
+        """This rank's part of the validation set: every image on exactly one rank."""
+        place = (self.device, self.plan.rank, self.plan.world_size, self.config.data.workers)
+        return Epochs(lambda: evaluation_batches(self.validation_set, self.plan.micro_size, *place))
+
+
+class Epochs:
+    """What the Trainer wants of a loader: something to iterate over, once an epoch; `make` makes the iterators."""
+
+    def __init__(self, make) -> None:
+        self.make = make
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.make()
+
+
+class VisionModule(LightningModule):
+    """What to do with a batch. The network stays a plain one, in `model`: so checkpoints fit `ddp/train_vision.py`."""
+
+    def __init__(self, config: VisionConfig, model: nn.Module) -> None:
+        super().__init__()
+        self.config, self.model = config, model
+        self.grad_norm = torch.zeros(())
+        # The linear scaling rule (Goyal et al., arXiv 1706.02677): with k times the batch the same images make k times
+        # fewer steps, so each is k times as long. It fails in the first steps: hence the warm-up.
+        self.settings = config.optimizer
+        if self.settings.lr_batch is not None:
+            scaled = self.settings.lr * config.batch.global_size / self.settings.lr_batch
+            self.settings = replace(self.settings, lr=scaled)
+
+    def training_step(self, batch, batch_index: int) -> dict[str, torch.Tensor]:
+        """The loss of one micro-batch. The Trainer does autocast, backward, no_sync and zero_grad around it."""
+        images, labels = batch
+        smoothing = self.config.train.label_smoothing
+        loss_sum = F.cross_entropy(self.model(images), labels, reduction="sum", label_smoothing=smoothing)
+        # A sum over images, divided by the images of the *global* batch. DDP averages over the ranks where the global
+        # batch wants the sum, hence the world size; the Trainer divides by the micro-batches, hence the accumulation.
+        scale = self.trainer.world_size * self.trainer.accumulate_grad_batches / self.config.batch.global_size
+        return {"loss": loss_sum * scale, "loss_sum": loss_sum.detach()}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        # Plain torch. The learning rate is a function of the step: the callback sets it, and there is no scheduler's
+        # state to save.
+        return build_optimizer(self.model.parameters(), self.settings, self.device)
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        # Trainer(gradient_clip_val=…) clips as well, but keeps the norm to itself.
+        self.grad_norm = clip_grad_norm_(self.model.parameters(), self.settings.clip)
+
+    def on_validation_epoch_start(self) -> None:
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, right answers, images
+
+    def validation_step(self, batch, batch_index: int) -> None:
+        """Add up. `self.log(…, sync_dist=True)` would take the mean of the ranks' means, which is another number."""
+        images, labels = batch
+        logits = self.model(images)
+        loss_sum = F.cross_entropy(logits, labels, reduction="sum")
+        right = (logits.argmax(dim=1) == labels).sum()
+        self.sums += torch.stack([loss_sum.double(), right.double(), torch.ones_like(labels).sum().double()])
+
+
+class Record(Callback):
+    """Drives `common.run.Run` from the Trainer's hooks: learning rate, metric line, evaluation, checkpoint, stop.
+
+    Args:
+        config: the settings.
+        launcher, devices: as `placement` found them.
+        flops: forward and backward of one image.
+    """
+
+    def __init__(self, config: VisionConfig, launcher: str, devices: int, flops: float) -> None:
+        self.config, self.launcher, self.devices, self.flops = config, launcher, devices, flops
+
+    def on_fit_start(self, trainer: Trainer, module: VisionModule) -> None:
+        """Open the run and load the checkpoint it goes on from: before the Trainer asks for the first batch."""
+        place = (trainer.global_rank, trainer.world_size, trainer.local_rank, self.devices, self.launcher)
+        self.ranks = Ranks(*place, trainer.strategy.root_device)
+        data = trainer.datamodule
+        images_per_step, fingerprint = self.config.batch.global_size, data.train_set.fingerprint()
+        self.run = Run(
+            self.config, self.ranks, "ddp", images_per_step, "images",
+            flops_per_unit=self.flops, fingerprint=fingerprint, framework="lightning",
+        )  # fmt: skip
+        self.run.say(f"{self.flops / 1e6:.4g} MFLOP per image: three times the forward, as torch counts it")
+        self.run.restore(module.model, trainer.optimizers[0])
+        data.step = self.run.first_step  # not trainer.global_step, which counts from 0 in every process
+        self.steps = self.run.steps()
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        self.on_sigterm = signal.getsignal(signal.SIGTERM)
+        self.next_step(trainer)
+
+    def on_train_start(self, trainer: Trainer, module: VisionModule) -> None:
+        """Lightning has put its own answer to SIGTERM before Run's, and would end without a checkpoint: undo that."""
+        signal.signal(signal.SIGTERM, self.on_sigterm)
+
+    def next_step(self, trainer: Trainer) -> None:
+        """Begin a step: seeds. After the last, or when any rank was told to stop: end the Trainer's loop."""
+        step = next(self.steps, None)
+        if step is None:
+            trainer.should_stop = True
+            trainer.limit_val_batches = 0  # a Trainer that is stopped validates first; whoever stops it is in a hurry
+        else:
+            self.step = step
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: VisionModule, optimizer) -> None:
+        """After backward, before clipping and the update."""
+        self.lr = learning_rate(self.step, self.config.train.steps, module.settings)
+        set_learning_rate(optimizer, self.lr)
+
+    def on_train_batch_end(self, trainer: Trainer, module: VisionModule, outputs, batch, batch_index: int) -> None:
+        """A batch of the Trainer is a micro-batch: only after the last of a step is there something to note."""
+        self.loss_sum += outputs["loss_sum"]
+        if (batch_index + 1) % trainer.accumulate_grad_batches:
+            return
+        average_statistics(module.model, self.ranks)
+        self.run.log(self.step, self.loss_sum, module.grad_norm, self.lr)  # read one step late: nobody waits
+        self.loss_sum = torch.zeros_like(self.loss_sum)
+        if not self.run.wants_evaluation(self.step):
+            self.end_step(trainer, module)
+
+    def on_validation_end(self, trainer: Trainer, module: VisionModule) -> None:
+        """Sums over all ranks, then divided: ranks may have had different numbers of images."""
+        loss, right, count = trainer.strategy.reduce(module.sums, reduce_op="sum").tolist()
+        self.run.log_validation(self.step, loss / count, accuracy=right / count)
+        self.end_step(trainer, module)
+
+    def end_step(self, trainer: Trainer, module: VisionModule) -> None:
+        self.run.save_if_due(self.step, module.model, trainer.optimizers[0])
+        self.next_step(trainer)
+
+
+def build_model(config: VisionModel, channels: int, image_size: int, classes: int, seed: int) -> nn.Module:
+    """Build the network for images (batch, channels, image_size, image_size); equal weights on all ranks.
+
+    As in Goyal et al., section 5.1, each residual block starts as the identity (its last norm has weight 0),
+    and the classifier is drawn with standard deviation 0.01. GroupNorm has 32 groups, as in arXiv 1803.08494.
+    """
+    torch.manual_seed(seed)
+    norm = nn.BatchNorm2d if config.norm == "batch" else partial(nn.GroupNorm, 32)
+    if config.name == "small_cnn":
+        layers: list[nn.Module] = []
+        for before, width, stride in ((channels, 32, 1), (32, 64, 2), (64, 128, 2)):
+            layers += [nn.Conv2d(before, width, 3, stride, padding=1, bias=False), norm(width), nn.ReLU()]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes))
+
+    build = {"resnet18": resnet18, "resnet50": resnet50}[config.name]
+    model = build(num_classes=classes, norm_layer=norm, zero_init_residual=True)
+    if image_size <= 64:  # ImageNet's stem would shrink them fourfold before the first block
+        model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+        model.maxpool = nn.Identity()
+    elif channels != 3:
+        model.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+    nn.init.normal_(model.fc.weight, std=0.01)
+    nn.init.zeros_(model.fc.bias)
+    return model
+
+
+@torch.no_grad()
+def average_statistics(model: nn.Module, ranks: Ranks) -> None:
+    """Give all ranks the mean of their BatchNorm running statistics; nothing to do for a model without any.
+
+    Training never reads them, so each rank may gather its own during a step. Evaluation, checkpoints and the
+    replica check do read them, and must find the same on all ranks. The mean has seen the images of all
+    ranks, where DDP's own broadcast keeps only what rank 0 saw.
+    """
+    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]  # counters agree anyway
+    if not statistics:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in statistics])  # one all-reduce for all layers
+    dist.all_reduce(flat)
+    flat /= ranks.world_size
+    for buffer, mean in zip(statistics, flat.split([b.numel() for b in statistics]), strict=True):
+        buffer.copy_(mean.view_as(buffer))
+
+
+if __name__ == "__main__":
+    main(parse(VisionConfig))

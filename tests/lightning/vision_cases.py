@@ -1,0 +1,83 @@
+"""What the ranks of a `group` run for the tests of lightning/train_vision.py."""
+
+import importlib.util
+import os
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch.distributed as dist
+from own_folder import own_folder
+
+from common.run import Run
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SCRIPT = ROOT / "lightning" / "train_vision.py"
+
+
+def load_script():
+    """lightning/train_vision.py as a module, with the modules of its own folder."""
+    spec = importlib.util.spec_from_file_location("lightning_train_vision", SCRIPT)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def counted(arguments: list[str]) -> dict[str, int]:
+    """Train on this rank, and count: calls of the optimizer, gradients sent, and images seen in training.
+
+    DDP sends a bucket through its communication hook; ours does what DDP would, and counts.
+    """
+    before, counts = dict(os.environ), Counter()
+
+    def send(state, bucket):
+        counts["sent"] += bucket.is_last()  # the last bucket of a backward
+        work = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True)
+        return work.get_future().then(lambda future: future.value()[0])
+
+    with own_folder(SCRIPT):
+        vision = load_script()
+
+        class Counting(vision.Record):
+            def on_fit_start(self, trainer, module):
+                trainer.strategy.model.register_comm_hook(None, send)
+                super().on_fit_start(trainer, module)
+
+            def on_before_optimizer_step(self, trainer, module, optimizer):
+                counts["steps"] += 1
+                super().on_before_optimizer_step(trainer, module, optimizer)
+
+            def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
+                counts["images"] += len(batch[0])
+                super().on_train_batch_end(trainer, module, outputs, batch, batch_index)
+
+        vision.Record = Counting
+        vision.main(vision.parse(vision.VisionConfig, arguments))
+    os.environ.clear()
+    os.environ.update(before)
+    return dict(counts)
+
+
+def terminated(arguments: list[str], step: int) -> bool:
+    """Train, with a SIGTERM for rank 1 at `step`; whether the handler of before is back at the end."""
+    before, handler, log = dict(os.environ), signal.getsignal(signal.SIGTERM), Run.log
+
+    def log_and_signal(self, at, *rest):
+        if at == step and self.ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        log(self, at, *rest)
+
+    Run.log = log_and_signal
+    try:
+        with own_folder(SCRIPT):
+            vision = load_script()
+            vision.main(vision.parse(vision.VisionConfig, arguments))
+    finally:
+        Run.log = log
+        os.environ.clear()
+        os.environ.update(before)
+    return signal.getsignal(signal.SIGTERM) is handler
+
+
+counted.joins_itself = terminated.joins_itself = True
