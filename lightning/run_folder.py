@@ -1,0 +1,110 @@
+"""The run folder of all lessons, as a Lightning callback: metrics, checkpoints, resume, and stopping in time.
+
+Lightning calls the hooks; the callback asks `common.run.Run` what to do, and tells Lightning.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from settings import Launch, LightningConfig
+from torch.distributed.fsdp import FSDPModule
+
+from common.data import TokenDataset
+from common.flops import explain, flops_per_token
+from common.optimizer import learning_rate, set_learning_rate
+from common.ranks import Ranks
+from common.run import Run
+
+
+class RunFolder(Callback):
+    """Keeps the run's record, and decides which step comes next: `step` is None when the training ends.
+
+    The module is asked for `model`, `loss_sum` and `grad_norm` of the step, and `validation_loss`.
+    """
+
+    def __init__(self, config: LightningConfig, launch: Launch, mesh: dict[str, int], train_set: TokenDataset) -> None:
+        self.config, self.launch, self.mesh, self.train_set = config, launch, mesh, train_set
+        self.step: int | None = None
+        self.lr = 0.0
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Open the folder and go on from its checkpoint, if it has one.
+
+        Here, and no earlier: Lightning has just installed its signal handlers, which would end a stopped training
+        without a checkpoint; those of Run take their place.
+        """
+        config, device, sharded = self.config, trainer.strategy.root_device, isinstance(module.model, FSDPModule)
+        place = trainer.global_rank, trainer.world_size, trainer.local_rank, self.launch.devices
+        self.ranks = Ranks(*place, self.launch.launcher, device)
+        length = config.data.sequence_length
+        tokens, flops = config.batch.global_size * length, flops_per_token(config.model, length)
+        alone = dist.new_subgroups(1)[0] if sharded else None  # no other rank holds what this one does
+        self.run = Run(
+            config, self.ranks, config.strategy, tokens, flops_per_unit=flops, mesh=self.mesh, replicas=alone,
+            fingerprint=self.train_set.fingerprint(), framework="lightning",
+        )  # fmt: skip
+        self.run.say(explain(config.model, length, device, config.train.precision))
+        self.run.restore(module.model, trainer.optimizers[0], self.scaler(trainer))
+        self.fast_forward(trainer)
+        self.steps = self.run.steps()
+        self.step = next(self.steps, None)
+
+    def fast_forward(self, trainer: Trainer) -> None:
+        """Let Lightning's counters and the learning rate stand where the checkpoint ended.
+
+        Lightning's own checkpoints hold these counters; ours hold the step, of which they are functions.
+        """
+        done, micro_batches = self.run.first_step, self.run.first_step * trainer.accumulate_grad_batches
+        epoch_loop = trainer.fit_loop.epoch_loop
+        optimizer_steps = epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+        optimizer_steps.ready = optimizer_steps.completed = done  # this is trainer.global_step
+        batches = epoch_loop.batch_progress.total
+        batches.ready = batches.started = batches.processed = batches.completed = micro_batches
+        trainer.lr_scheduler_configs[0].scheduler.last_epoch = done
+        rate = learning_rate(done, self.config.train.steps, self.config.optimizer)
+        set_learning_rate(trainer.optimizers[0], rate)
+
+    @staticmethod
+    def scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
+        """The gradient scaler of Lightning's precision plugin, which only fp16 has."""
+        return getattr(trainer.precision_plugin, "scaler", None)
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
+        """Note the rate of this step: when a batch ends, Lightning has set that of the next one already."""
+        self.lr = optimizer.param_groups[0]["lr"]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After the last micro-batch of a step: its line, and whether Lightning shall evaluate now."""
+        # Lightning evaluates after so many batches, or at the end of an epoch; our settings say after so many steps,
+        # and after the last one. 1: now; inf: not now.
+        trainer.val_check_batch = float("inf")
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if self.config.strategy == "deepspeed":  # it clips by itself, and keeps gradients out of sight
+            module.grad_norm = torch.as_tensor(trainer.strategy.model.get_global_grad_norm())
+        self.run.log(self.step, module.loss_sum, module.grad_norm, self.lr)
+        if self.run.wants_evaluation(self.step):
+            trainer.val_check_batch = 1
+        else:
+            self.end_of_step(trainer, module)
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Record the evaluation that belongs to this step."""
+        self.run.log_validation(self.step, module.validation_loss)
+        self.end_of_step(trainer, module)
+
+    def end_of_step(self, trainer: Trainer, module: LightningModule) -> None:
+        """Save if it is time to, and see which step is next; none, at the same step on all ranks, after a stop."""
+        if self.config.strategy != "deepspeed":
+            self.run.save_if_due(self.step, module.model, trainer.optimizers[0], self.scaler(trainer))
+        elif self.step + 1 == self.config.train.steps:  # ZeRO's partitions fit DeepSpeed's own format alone
+            trainer.save_checkpoint(self.run.folder / "checkpoints" / "deepspeed")
+        self.step = next(self.steps, None)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Write curve and summary."""
+        self.run.finish()

@@ -1,0 +1,182 @@
+"""The settings of the Lightning lessons, who started how many processes, and what of it cannot work, said beforehand.
+
+Lightning looks at the environment too, but its mistakes come as tracebacks, or as n processes that each train alone, or
+as a job that waits for ranks that nobody starts. Here they are one line, on every rank, before anything is built.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from common.config import Config, parse
+from common.ranks import Place, choose_device, fail, read_environment
+
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no tips, and no lines about TPUs
+warnings.filterwarnings("ignore", ".*srun. command is available")  # `read_launch` knows better
+warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)  # Lightning's, about torch's
+
+try:
+    metadata.version("lightning")  # `import lightning` alone would find this folder where the package is missing
+except metadata.PackageNotFoundError:
+    fail("this lesson needs the package lightning; install the core environment: make venv, or pip install lightning")
+
+
+@dataclass
+class LightningConfig(Config):
+    """The common settings, and which of Lightning's strategies trains on how many devices."""
+
+    strategy: Literal["single_device", "ddp", "fsdp", "tensor_parallel", "deepspeed"] = "ddp"
+    """How the training is distributed."""
+    devices: int | None = None
+    """Processes on each node, one a device. null: as many as torchrun or srun started; with plain python, all GPUs, or
+    one process on the CPU. With plain python Lightning starts the others itself."""
+    tp_dimensions: list[int] | None = None
+    """Ranks along [rows, columns, depth] of a 3-D tensor parallelism, whose product is the number of ranks; null: all
+    along the first. Rows cut the weights, depth cuts batch and weights as FSDP does, and columns must be 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.devices is not None and self.devices < 1:
+            raise ValueError(f"devices = {self.devices} cannot work; allowed: 1 or more, or null")
+        if self.tp_dimensions is None:
+            return
+        found = f"tp_dimensions = {self.tp_dimensions}"
+        if self.strategy != "tensor_parallel":
+            raise ValueError(
+                f"{found} with strategy = {self.strategy}; set strategy to tensor_parallel, or leave it out"
+            )
+        if len(self.tp_dimensions) != 3 or min(self.tp_dimensions) < 1:
+            raise ValueError(f"{found} cannot work; allowed: three whole numbers from 1 on, [rows, columns, depth]")
+        if self.tp_dimensions[1] != 1:
+            advice = "set the second to 1, and give its ranks to rows or depth"
+            raise ValueError(f"{found} cuts weights both ways, which DTensor's plans cannot; {advice}")
+
+
+class Launch(NamedTuple):
+    """How many processes there are or will be, and who starts them."""
+
+    devices: int
+    """On each node."""
+    nodes: int
+    launcher: str
+    """torchrun, srun or lightning (plain python)."""
+    device_type: str
+    """cpu or cuda."""
+
+    @property
+    def world_size(self) -> int:
+        return self.devices * self.nodes
+
+
+def read_settings() -> LightningConfig:
+    """The settings of the command line; without `--config` there, of the file that the variable CONFIG_FILE names."""
+    arguments, file = sys.argv[1:], os.environ.get("CONFIG_FILE")
+    if file and not any(argument.split("=")[0] == "--config" for argument in arguments):
+        if not Path(file).is_file():
+            there = ", ".join(sorted(path.name for path in (Path(__file__).parent / "configs").glob("*.*")))
+            fail(f"CONFIG_FILE={file}: there is no such file (from {Path.cwd()}); lightning/configs/ has {there}")
+        arguments = ["--config", file, *arguments]
+    return parse(LightningConfig, arguments)
+
+
+def read_launch(config: Any, strategy: str) -> Launch:
+    """Find out who started how many processes, and whether Lightning will see the same.
+
+    Args:
+        config: settings with `device` and `devices`.
+        strategy: for the one line about n processes that would each train alone.
+
+    Raises:
+        SystemExit: (exit code 2) the launcher and the settings contradict each other.
+    """
+    env = os.environ
+    if {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT"} <= env.keys() and "RANK" not in env:
+        # One of those that the first process has started: Lightning's launcher names the local rank alone.
+        size, local_rank = int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
+        place, launcher, nodes = Place(local_rank, size, local_rank, size, "lightning"), "lightning", 1
+    else:
+        place = read_environment()
+        launcher, nodes = place.launcher, place.world_size // place.local_world_size
+        if launcher == "python":
+            launcher = "lightning"
+            # Lightning takes any process with SLURM_NTASKS for a task of an srun step (but for these job names).
+            in_step, hidden = "SLURM_STEP_NUM_TASKS" in env, env.get("SLURM_JOB_NAME") in ("bash", "interactive")
+            if "SLURM_NTASKS" in env and not hidden:
+                if not in_step:
+                    found = f"plain python in Slurm job {env.get('SLURM_JOB_ID')}"
+                    fail(f"{found}, which Lightning takes for one of its tasks; write srun before python, or torchrun")
+                launcher = "srun"
+        if launcher == "srun":
+            _check_srun(place)
+        elif launcher not in ("torchrun", "lightning"):
+            fail(f"started by {launcher}; expected torchrun, srun with one task a device, or plain python (devices=N)")
+
+    devices = place.local_world_size
+    if launcher == "lightning" and place.world_size == 1:
+        gpus = torch.cuda.device_count() if choose_device(config.device, place).type == "cuda" else 0
+        devices = config.devices or (1 if strategy == "single_device" else max(1, gpus))
+    elif config.devices not in (None, devices):
+        how = {"srun": "--ntasks-per-node", "torchrun": "--nproc-per-node"}.get(launcher, "--devices")
+        found = f"devices = {config.devices}, but {launcher} started {devices} process(es) on each node"
+        fail(f"{found}; make {how} equal to devices, or leave devices out")
+    device = choose_device(config.device, place)
+    if device.type == "cuda" and torch.cuda.device_count() < devices:
+        found = f"{devices} processes on this node, and each sees {torch.cuda.device_count()} GPU(s)"
+        fail(f"{found}; Lightning wants all to see all of them: ask for --gpus-per-node={devices}, not --gpus-per-task")
+    launch = Launch(devices, nodes, launcher, device.type)
+    if strategy == "single_device" and launch.world_size > 1:
+        found = f"strategy = single_device, and {launch.world_size} processes: as many identical runs"
+        fail(f"{found}; start one (srun: --ntasks-per-node=1), or set strategy to ddp")
+    return launch
+
+
+def _check_srun(place: Place) -> None:
+    """SystemExit, in one line: Lightning would misread this srun step, or raise."""
+    env = os.environ
+    if env.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        name = env["SLURM_JOB_NAME"]
+        fail(f"in a job named {name} Lightning does not look for srun's tasks; name the job otherwise, or use torchrun")
+    per_node = env.get("SLURM_NTASKS_PER_NODE")
+    if per_node is None and place.world_size > 1:
+        fail(f"srun started {place.world_size} tasks by --ntasks; Lightning wants --ntasks-per-node=N, one a device")
+    if per_node is not None and int(per_node) != place.local_world_size:
+        found = f"--ntasks-per-node={per_node}, but this step has {place.local_world_size} task(s) on a node"
+        fail(f"{found}; give srun the job's own --ntasks-per-node, one a device")
+
+
+def mesh_shape(config: LightningConfig, launch: Launch) -> tuple[int, int]:
+    """Data-parallel and tensor-parallel ranks of this strategy. SystemExit: it does not divide, or cannot run here."""
+    world = launch.world_size
+    if config.strategy == "deepspeed":
+        if launch.device_type != "cuda":
+            fail("strategy = deepspeed: Lightning's DeepSpeedStrategy wants GPUs; deepspeed/train.py runs on the CPU")
+        if config.batch.micro_size not in (None, config.batch.global_size // world):
+            found = f"batch.micro_size = {config.batch.micro_size} with strategy = deepspeed"
+            fail(f"{found}: DeepSpeed and Lightning would both divide by the accumulation; leave batch.micro_size out")
+        if config.resume != "auto" or config.train.precision == "fp64":
+            found = f"resume = {config.resume}, train.precision = {config.train.precision} with strategy = deepspeed"
+            fail(f"{found}; expected auto, and fp32, bf16 or fp16; deepspeed/train.py resumes")
+    if config.strategy in ("fsdp", "tensor_parallel") and config.train.precision == "fp16":
+        found = f"train.precision = fp16 with strategy = {config.strategy}"
+        fail(f"{found}: Lightning's ModelParallelStrategy has no gradient scaler; use bf16")
+    if config.strategy != "tensor_parallel":
+        return world, 1
+    rows, columns, depth = config.tp_dimensions or [world, 1, 1]
+    if rows * columns * depth != world:
+        found = f"tp_dimensions = {config.tp_dimensions} with {world} rank(s)"
+        fail(f"{found}; expected a product of {world}: start {rows * columns * depth} processes, or change one of them")
+    model = config.model
+    if model.experts:
+        fail(f"model.experts = {model.experts}; expected dense layers for this tensor parallelism; set it to 0")
+    for name in ("heads", "kv_heads", "ffn_width", "vocabulary"):
+        if (size := getattr(model, name)) % rows:
+            found = f"model.{name} = {size}, which does not divide among {rows} tensor ranks"
+            fail(f"{found}; expected a multiple of {rows}; change it, or tp_dimensions")
+    return depth, rows

@@ -1,0 +1,163 @@
+"""What the ranks of a `group` run for the tests of lightning/train.py."""
+
+import contextlib
+import io
+import os
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+from own_folder import own_folder
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SCRIPT = ROOT / "lightning" / "train.py"
+
+
+@contextlib.contextmanager
+def same_environment() -> Iterator[None]:
+    """The group's variables as they were: Lightning takes WORLD_SIZE away when it ends."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def train(arguments: list[str]) -> None:
+    """Run lightning/train.py as it stands, with these arguments, on this rank."""
+    sys.argv = [str(SCRIPT), *arguments]
+    with own_folder(SCRIPT), same_environment():
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def ends(arguments: list[str]) -> tuple[int, str]:
+    """The same for a run that must end with a message: its exit code, and what it wrote to stderr."""
+    stderr, code = io.StringIO(), 0
+    with contextlib.redirect_stderr(stderr):
+        try:
+            train(arguments)
+        except SystemExit as ended:
+            code = ended.code
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code, stderr.getvalue()
+
+
+def train_until(arguments: list[str], steps: int) -> None:
+    """Run it and tell it to stop when `steps` steps are done, as a signal would."""
+    from common.run import Run
+
+    log = Run.log
+
+    def log_and_stop(self, step, *rest):
+        if step == steps - 2:  # the wish travels with this step's numbers and is read with the next one's
+            self._stop_requested.set()
+        log(self, step, *rest)
+
+    Run.log = log_and_stop
+    try:
+        train(arguments)
+    finally:
+        Run.log = log
+
+
+def counted(arguments: list[str]) -> list[tuple[int, list[int], int]]:
+    """Run it and watch the optimizer: for each of its steps Lightning's global_step before it, this rank's samples (by
+    their index in the training set), and the number of tokens that went through the model."""
+    from lightning.pytorch import LightningModule
+
+    from common.data_sharding import BatchPlan
+    from common.transformer import Transformer
+
+    seen, samples, tokens = [], [], [0]
+    sample, forward, step = BatchPlan.sample, Transformer.forward, LightningModule.optimizer_step
+
+    def noted_sample(self, position):
+        samples.append(sample(self, position))
+        return samples[-1]
+
+    def noted_forward(self, inputs, *rest):
+        tokens[0] += inputs.numel() if self.training else 0
+        return forward(self, inputs, *rest)
+
+    def noted_step(self, epoch, batch_idx, optimizer, closure):
+        before = self.trainer.global_step
+        step(self, epoch, batch_idx, optimizer, closure)  # forward and backward of the last micro-batch are in here
+        seen.append((before, list(samples), tokens[0]))
+        samples.clear()
+        tokens[0] = 0
+
+    BatchPlan.sample, Transformer.forward, LightningModule.optimizer_step = noted_sample, noted_forward, noted_step
+    try:
+        train(arguments)
+    finally:
+        BatchPlan.sample, Transformer.forward, LightningModule.optimizer_step = sample, forward, step
+    return seen
+
+
+def held(arguments: list[str]) -> dict[str, object]:
+    """Run it, and say what this rank holds at the end: numbers of elements of a matrix, a norm, AdamW's average of the
+    matrix; the number of FSDP units, and how the matrix is placed."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    from common.run import Run
+
+    def local(tensor):
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    seen, save = {}, Run.save_if_due
+
+    def noted(self, step, model, optimizer, scaler):
+        query = model.blocks["0"].attention.query.weight
+        seen.update(
+            query=local(query).numel(),
+            norm=local(model.blocks["0"].attention_norm.weight).numel(),
+            averages=local(optimizer.state[query]["exp_avg"]).numel(),
+            units=sum(isinstance(module, FSDPModule) for module in model.modules()),
+            placements=[str(place) for place in query.placements] if isinstance(query, DTensor) else None,
+        )
+        save(self, step, model, optimizer, scaler)
+
+    Run.save_if_due = noted
+    try:
+        train(arguments)
+    finally:
+        Run.save_if_due = save
+    return seen
+
+
+def communication(arguments: list[str]) -> dict[str, int]:
+    """Run it, and count what travels while Lightning trains: reductions of gradients, and Lightning's broadcasts."""
+    import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
+    from torch.nn.parallel import DistributedDataParallel
+
+    counts = {"gradients": 0, "broadcasts": 0}
+    forward, reduce, broadcast = DistributedDataParallel.forward, param_group.foreach_reduce, dist.broadcast
+
+    def noted_forward(self, *inputs, **named):
+        counts["gradients"] += self.training and self.require_backward_grad_sync  # DDP's own flag, set by no_sync
+        return forward(self, *inputs, **named)
+
+    def noted_reduce(*inputs, **named):
+        counts["gradients"] += 1
+        return reduce(*inputs, **named)
+
+    def noted_broadcast(*inputs, **named):
+        counts["broadcasts"] += 1
+        return broadcast(*inputs, **named)
+
+    DistributedDataParallel.forward, param_group.foreach_reduce = noted_forward, noted_reduce
+    dist.broadcast = noted_broadcast  # torch's own callers have it by another name
+    try:
+        train(arguments)
+    finally:
+        DistributedDataParallel.forward, param_group.foreach_reduce, dist.broadcast = forward, reduce, broadcast
+    return counts
+
+
+train.joins_itself = ends.joins_itself = train_until.joins_itself = counted.joins_itself = True
+held.joins_itself = communication.joins_itself = True

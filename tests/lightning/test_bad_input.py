@@ -1,0 +1,133 @@
+"""Mistakes of a user: one line, a non-zero exit on every rank, in seconds; before Lightning misreads them."""
+
+import importlib.util
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+from equality import SMALL
+from launching import ROOT, clean_environment, whose_rank_1_dies
+
+CASES, SCRIPT = "tests/lightning/cases.py", "lightning/train.py"
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--tp_dimension", "[2, 1, 1]"], ["unknown key tp_dimension", "did you mean tp_dimensions?"]),
+    (["--strategy", "fsdp2"], ["strategy = fsdp2", "tensor_parallel"]),
+    (["--strategy", "single_device"], ["strategy = single_device, and 2 processes", "set strategy to ddp"]),
+    (["--strategy", "deepspeed"], ["DeepSpeedStrategy wants GPUs", "deepspeed/train.py"]),
+    (["--devices", "3"], ["devices = 3", "started 2 process(es) on each node"]),
+    (["--devices", "0"], ["devices = 0 cannot work"]),
+    (["--strategy", "tensor_parallel", "--tp_dimensions", "[4, 1, 1]"], ["[4, 1, 1] with 2 rank(s)", "product of 2"]),
+    (["--strategy", "tensor_parallel", "--tp_dimensions", "[1, 2, 1]"], ["cuts weights both ways"]),
+    (["--strategy", "tensor_parallel", "--tp_dimensions", "[2, 1]"], ["[2, 1] cannot work", "rows, columns, depth"]),
+    (["--strategy", "fsdp", "--tp_dimensions", "[2, 1, 1]"], ["with strategy = fsdp"]),
+    (["--strategy", "tensor_parallel", "--model.kv_heads", "1"], ["model.kv_heads = 1", "2 tensor ranks"]),
+    (["--strategy", "tensor_parallel", "--model.experts", "4"], ["model.experts = 4"]),
+    (["--strategy", "fsdp", "--train.precision", "fp16"], ["fp16 with strategy = fsdp", "use bf16"]),
+    (["--batch.global_size", "25"], ["global_size = 25", "2 data-parallel ranks"]),
+    (["--batch.micro_size", "5"], ["micro_size = 5", "[1, 2, 3, 4, 6, 12]"]),
+    (["--resume", "nowhere"], ["nowhere", "no manifest.json"]),
+    (["--network_profile", "token-ring"], ["token-ring", "infiniband"]),
+    (["--device", "cuda"], ["no GPU"]),
+], ids=lambda value: " ".join(value) if value[0].startswith("--") else "")  # fmt: skip
+def test_one_line_on_every_rank(group, tmp_path, arguments, words):
+    answers = group(2)(CASES, "ends", [*SMALL, "--runs_dir", str(tmp_path), *arguments], timeout=60)
+    for code, text in answers:
+        lines = [line for line in text.splitlines() if "error: " in line]
+        assert code == 2
+        assert len(lines) == 1, text
+        assert all(word in lines[0] for word in words), lines
+        assert "Traceback" not in text
+
+
+def one_line(result) -> str:
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if "error: " in line]
+    return line
+
+
+def test_config_file_that_does_not_exist(launch):
+    line = one_line(launch(SCRIPT, nproc=0, env={"CONFIG_FILE": "lightning/configs/dpp.json"}, check=False))
+    assert "CONFIG_FILE=lightning/configs/dpp.json: there is no such file" in line
+    assert "ddp.json" in line
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    """lightning/settings.py, in an environment without any launcher."""
+    for name in set(os.environ) - clean_environment().keys():
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("DEVICE", "cpu")
+    monkeypatch.syspath_prepend(ROOT)
+    spec = importlib.util.spec_from_file_location("lightning_settings", ROOT / "lightning" / "settings.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "lightning_settings", module)  # where the types of its fields are looked up
+    spec.loader.exec_module(module)
+    return module
+
+
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "lightning", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2"}
+STEP = JOB | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+              "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}  # fmt: skip
+CHILD = {"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "20001"}
+
+
+@pytest.mark.parametrize(("environment", "devices", "strategy", "words"), [
+    (JOB, None, "ddp", "plain python in Slurm job 7"),
+    (STEP, 4, "ddp", "devices = 4, but srun started 2 process(es) on each node; make --ntasks-per-node equal"),
+    (STEP, None, "single_device", "strategy = single_device, and 4 processes: as many identical runs"),
+    (STEP | {"SLURM_NTASKS_PER_NODE": "4"}, None, "ddp", "--ntasks-per-node=4, but this step has 2 task(s) on a node"),
+    (STEP | {"SLURM_JOB_NAME": "interactive"}, None, "ddp", "in a job named interactive"),
+    ({k: v for k, v in STEP.items() if k != "SLURM_NTASKS_PER_NODE"}, None, "ddp", "4 tasks by --ntasks"),
+    (JOB | {"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, 2,
+     "ddp", "devices = 2, but srun started 1 process(es)"),
+    ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+      "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, None, "ddp", "started by mpirun; expected torchrun, srun"),
+    ({"LOCAL_RANK": "0"}, None, "ddp", "half-set torchrun environment"),
+])  # fmt: skip
+def test_launcher_and_settings_contradict(settings, monkeypatch, capsys, environment, devices, strategy, words):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        settings.read_launch(SimpleNamespace(device="auto", devices=devices), strategy)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("environment", "devices", "expected"), [
+    ({}, None, (1, 1, "lightning", "cpu")),
+    ({}, 3, (3, 1, "lightning", "cpu")),
+    (CHILD, None, (3, 1, "lightning", "cpu")),
+    (STEP, None, (2, 2, "srun", "cpu")),
+    (STEP, 2, (2, 2, "srun", "cpu")),
+    ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a",
+      "MASTER_PORT": "1"}, None, (2, 2, "torchrun", "cpu")),
+    (JOB | {"SLURM_JOB_NAME": "bash"}, 2, (2, 1, "lightning", "cpu")),  # as Lightning has it
+])  # fmt: skip
+def test_launchers_are_understood(settings, monkeypatch, environment, devices, expected):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert settings.read_launch(SimpleNamespace(device="auto", devices=devices), "ddp") == expected
+
+
+@pytest.mark.parametrize(("arguments", "strategy"), [
+    ([], "single_device"), (["--config", "lightning/configs/fsdp.json"], "fsdp"), (["--strategy", "ddp"], "ddp"),
+    (["--config=lightning/configs/fsdp.json", "--strategy=ddp"], "ddp"),
+])  # fmt: skip
+def test_which_settings_win(settings, monkeypatch, arguments, strategy):
+    """--config beats CONFIG_FILE, and the command line beats both."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("CONFIG_FILE", "lightning/configs/single_device.json")
+    monkeypatch.setattr("sys.argv", ["lightning/train.py", *arguments])
+    assert settings.read_settings().strategy == strategy
+
+
+def test_a_rank_that_dies_takes_the_others_with_it(launch, tmp_path):
+    """Under torchrun; test_resume.py has Lightning's own launcher."""
+    script = whose_rank_1_dies(SCRIPT, tmp_path)
+    result = launch(script, *SMALL, "--train.steps", "4000", check=False, timeout=100)
+    assert result.returncode != 0
+    assert "SIGKILL" in result.stderr.split("Root Cause")[1]

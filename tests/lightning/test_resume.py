@@ -1,0 +1,151 @@
+"""A Lightning run that was interrupted goes on as if it had not been, also on other ranks, or in another lesson."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from equality import SMALL, assert_same_training, largest_difference, read_checkpoint, read_rows, read_validation
+from launching import ROOT, clean_environment, kill_tree
+
+CASES, DDP = "tests/lightning/cases.py", "tests/ddp/cases.py"
+BASE = [*SMALL, "--train.steps", "12", "--train.eval_every", "4", "--batch.micro_size", "3"]
+FP64 = ["--train.precision", "fp64"]
+slow = pytest.mark.slow
+
+
+def arguments(folder, strategy, *more):
+    return [
+        *BASE,
+        "--runs_dir",
+        str(folder),
+        "--run_name",
+        "run",
+        *(["--strategy", strategy] if strategy else []),
+        *more,
+    ]
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=slow)])
+def test_same_world_size_is_bitwise(group, tmp_path, precision):
+    """Cut back to the checkpoint of step 6, two epochs of micro-batches into a run that evaluates after 4, 8 and 12."""
+    options = ["--train.precision", precision, "--checkpoint.every", "6"]
+    group(2)(CASES, "train", arguments(tmp_path, "ddp", *options))
+    whole = tmp_path / "whole"
+    shutil.copytree(tmp_path / "run", whole)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_12")
+    steps = group(2)(CASES, "counted", arguments(tmp_path, "ddp", *options))
+    assert [before for before, _, _ in steps[0]] == list(range(6, 12))  # Lightning's own count goes on, too
+    assert largest_difference(read_checkpoint(whole, 12), read_checkpoint(tmp_path / "run", 12)) == 0
+    rows, before = read_rows(tmp_path / "run"), read_rows(whole)
+    assert [row["step"] for row in rows] == list(range(12))
+    for name in ("loss", "lr", "grad_norm"):
+        assert [row[name] for row in rows] == [row[name] for row in before]
+    assert read_validation(tmp_path / "run") == read_validation(whole)
+
+
+LESSON = "ddp/train.py"
+
+
+@pytest.mark.parametrize(("first", "then"), [
+    (("ddp", 2), ("fsdp", 2)),
+    (("fsdp", 2), ("tensor_parallel", 2)),
+    (("tensor_parallel", 2), (LESSON, 2)),
+    ((LESSON, 2), ("ddp", 3)),
+    pytest.param(("fsdp", 2), ("single_device", 1), marks=slow),
+    pytest.param(("ddp", 3), ("fsdp", 4), marks=slow),
+    pytest.param(("fsdp", 4), ("fsdp", 2), marks=slow),
+], ids=lambda value: f"{value[0]} on {value[1]}")  # fmt: skip
+def test_resume_elsewhere(group, single_device, tmp_path, first, then):
+    """Told to stop after six steps, then on other ranks or by another strategy: the twelve of one process."""
+    for (strategy, ranks), until in ((first, 6), (then, None)):
+        more = arguments(tmp_path, None if strategy == LESSON else strategy, *FP64)
+        more = [*more, "--batch.micro_size", str(24 // ranks)] if ranks in (3, 4) else more
+        of_lesson = strategy == LESSON
+        call = [LESSON, more] if of_lesson else [more]
+        function = "train_until" if until else "train"
+        group(ranks)(DDP if of_lesson else CASES, function, *call, *([until] if until else []))
+        assert len(read_rows(tmp_path / "run")) == (until or 12)
+    assert_same_training(single_device(*BASE, *FP64), tmp_path / "run")
+
+
+@slow
+def test_nothing_to_do_is_said(group, launch, tmp_path):
+    group(2)(CASES, "train", arguments(tmp_path, "ddp"))
+    result = launch("lightning/train.py", *arguments(tmp_path, "single_device"), nproc=0)
+    assert "nothing to do: 12 of 12 steps were done already" in result.stdout
+    assert len(read_rows(tmp_path / "run")) == 12
+
+
+def start(launcher, folder, *more):
+    """A long run of two ranks, under torchrun or Lightning's own launcher."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if launcher == "torchrun" else []
+    command = [sys.executable, *torchrun, "lightning/train.py", "--devices", "2"]
+    long = ["--train.steps", "4000", "--checkpoint.every", "5", "--train.eval_every", "0"]
+    return subprocess.Popen([*command, *arguments(folder, "ddp", *FP64, *long, *more)], cwd=ROOT,
+                            env=clean_environment(DEVICE="cpu"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True)  # fmt: skip
+
+
+def wait_for_checkpoint(process, run, timeout=100):
+    deadline = time.monotonic() + timeout
+    while not list(run.glob("checkpoints/step_*/manifest.json")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.02)
+
+
+@slow
+def test_killed_in_mid_run(group, tmp_path):
+    """SIGKILL for all processes at once, as a power cut would; what was committed is found and goes on."""
+    process = start("torchrun", tmp_path)
+    wait_for_checkpoint(process, tmp_path / "run")
+    time.sleep(0.15)  # somewhere in the steps and saves that follow
+    kill_tree(process)
+    process.communicate()
+    committed = max(int(m.parent.name[5:]) for m in (tmp_path / "run").glob("checkpoints/step_*/manifest.json"))
+    steps = committed + 4
+    # The learning rate depends on train.steps, which therefore stays; both runs are told to stop at the same step.
+    long = ["--train.steps", "4000", "--train.eval_every", "0"]
+    group(2)(CASES, "train_until", arguments(tmp_path, "ddp", *FP64, *long), steps)
+    group(2)(CASES, "train_until", arguments(tmp_path / "whole", "ddp", *FP64, *long), steps)
+    a, b = read_checkpoint(tmp_path / "whole" / "run", steps), read_checkpoint(tmp_path / "run", steps)
+    assert largest_difference(a, b) == 0  # two ranks, same machine: bitwise
+    assert [row["step"] for row in read_rows(tmp_path / "run")] == list(range(steps))
+
+
+@slow
+def test_killed_rank_under_lightnings_own_launcher(tmp_path):
+    """The first process looks after the others every five seconds, and ends itself and all of them."""
+    process = start("lightning", tmp_path)
+    wait_for_checkpoint(process, tmp_path / "run")
+    (child,) = psutil.Process(process.pid).children()
+    child.kill()
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert "finished" not in output and "stopped after" not in output
+
+
+@pytest.mark.parametrize(("launcher", "how"), [
+    ("lightning", "stop file"), pytest.param("torchrun", "SIGTERM", marks=slow),
+    pytest.param("lightning", "SIGTERM", marks=slow), pytest.param("lightning", "SIGINT", marks=slow),
+])  # fmt: skip
+def test_told_to_stop(tmp_path, launcher, how):
+    """All ranks agree on the step, save, and end; Lightning's own handlers would not save, and are out of the way."""
+    process = start(launcher, tmp_path)
+    wait_for_checkpoint(process, tmp_path / "run")
+    if how == "stop file":
+        (tmp_path / "run" / "stop").touch()
+    else:
+        process.send_signal(getattr(signal, how))
+    output, _ = process.communicate(timeout=60)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "stopped", output
+    done = record["steps_done"]
+    assert (tmp_path / "run" / "checkpoints" / f"step_{done}" / "manifest.json").is_file()
+    assert [row["step"] for row in read_rows(tmp_path / "run")] == list(range(done))
+    assert f"stopped after {done} of 4000 steps" in output

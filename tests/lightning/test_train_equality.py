@@ -1,0 +1,104 @@
+"""Every strategy of Lightning must give the training of ddp/single_device.py, step by step."""
+
+import pytest
+from equality import (
+    SMALL,
+    assert_same_first_gradients,
+    assert_same_rows,
+    assert_same_training,
+    assert_trains_in_low_precision,
+    largest_difference,
+    read_checkpoint,
+    read_rows,
+)
+
+CASES = "tests/lightning/cases.py"
+BASE = [*SMALL, "--train.steps", "10", "--train.eval_every", "4", "--batch.global_size", "24"]
+FP64 = ["--train.precision", "fp64"]
+slow = pytest.mark.slow
+
+
+def arguments(folder, strategy, *more):
+    return [*BASE, "--runs_dir", str(folder), "--run_name", "many", "--strategy", strategy, *more]
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize(("strategy", "ranks"), [
+    ("single_device", 1), ("ddp", 2), ("fsdp", 2), ("tensor_parallel", 2),
+    pytest.param("fsdp", 1, marks=slow), pytest.param("ddp", 3, marks=slow), pytest.param("fsdp", 3, marks=slow),
+    pytest.param("ddp", 4, marks=slow), pytest.param("fsdp", 4, marks=slow),
+    pytest.param("tensor_parallel", 4, marks=slow),
+])  # fmt: skip
+def test_fp64_is_the_proof(group, single_device, tmp_path, strategy, ranks, accumulation):
+    """Evaluated after 4, 8 and 10 steps; untied and all at once, or tied where gradients accumulate."""
+    model = ["--model.tied", "true"] if accumulation > 1 else []
+    data_parallel = 1 if strategy == "tensor_parallel" else ranks
+    micro = ["--batch.micro_size", str(24 // data_parallel // accumulation)] if accumulation > 1 else []
+    group(ranks)(CASES, "train", arguments(tmp_path, strategy, *FP64, *model, *micro))
+    assert_same_training(single_device(*BASE, *FP64, *model), tmp_path / "many")
+
+
+def test_rows_and_depth(group, single_device, tmp_path):
+    """Two tensor ranks by two that FSDP cuts batch and weights among, with accumulation."""
+    micro = ["--batch.micro_size", "6", "--tp_dimensions", "[2, 1, 2]"]
+    group(4)(CASES, "train", arguments(tmp_path, "tensor_parallel", *FP64, *micro))
+    assert_same_training(single_device(*BASE, *FP64), tmp_path / "many")
+
+
+@slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "tensor_parallel"])
+def test_activation_checkpointing(group, single_device, tmp_path, strategy):
+    group(2)(CASES, "train", arguments(tmp_path, strategy, *FP64, "--train.activation_checkpointing", "true"))
+    assert_same_training(single_device(*BASE, *FP64), tmp_path / "many")
+
+
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=slow), "fsdp", "tensor_parallel"])
+def test_first_gradients_in_fp32(group, single_device, tmp_path, strategy):
+    options = ["--train.steps", "1", "--optimizer.clip", "1000"]
+    group(2)(CASES, "train", arguments(tmp_path, strategy, *options))
+    assert_same_first_gradients(single_device(*BASE, *options), tmp_path / "many", 2 + 2 * 9 + 1)
+
+
+@slow
+def test_fp32(group, single_device, tmp_path):
+    """AdamW's division by small roots amplifies the last bits of fp32 in the parameters, not in the losses."""
+    group(2)(CASES, "train", arguments(tmp_path, "ddp"))
+    assert_same_rows(single_device(*BASE), tmp_path / "many", 1e-5)
+    a, b = read_checkpoint(single_device(*BASE), 10), read_checkpoint(tmp_path / "many", 10)
+    assert largest_difference(a, b, "model.") <= 1e-4
+
+
+@pytest.mark.parametrize(("strategy", "ranks", "precision"), [
+    ("single_device", 1, "bf16"), ("fsdp", 2, "bf16"), ("ddp", 2, "fp16"),
+    pytest.param("ddp", 2, "bf16", marks=slow), pytest.param("tensor_parallel", 2, "bf16", marks=slow),
+])  # fmt: skip
+def test_low_precision_trains(group, single_device, tmp_path, strategy, ranks, precision):
+    options = ["--train.steps", "20"]  # the loss must have fallen by 0.5
+    group(ranks)(CASES, "train", arguments(tmp_path, strategy, "--train.precision", precision, *options))
+    assert_trains_in_low_precision(single_device(*BASE, *options), tmp_path / "many")
+    # The norm before clipping, of unscaled gradients: bf16's 8 bits leave it within a few per cent.
+    expected, norm = (read_rows(run)[0]["grad_norm"] for run in (single_device(*BASE, *options), tmp_path / "many"))
+    assert norm == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "accumulation"), [("ddp", 2, 4), ("fsdp", 2, 1), ("tensor_parallel", 2, 4)]
+)
+def test_steps_and_effective_batch(group, tmp_path, strategy, ranks, accumulation):
+    """As many optimizer steps as were asked for, each over 24 samples: on one rank each, or on all tensor ranks."""
+    parts = 1 if strategy == "tensor_parallel" else ranks
+    options = ["--batch.micro_size", str(24 // parts // accumulation), "--train.eval_every", "0"]
+    by_rank = group(ranks)(CASES, "counted", arguments(tmp_path, strategy, "--train.steps", "3", *options))
+    for steps in by_rank:
+        assert [before for before, _, _ in steps] == [0, 1, 2]  # Lightning's count
+        assert [tokens for _, _, tokens in steps] == [24 // parts * 16] * 3
+    for step in range(3):
+        samples = [steps[step][1] for steps in by_rank]
+        if parts == 1:
+            assert all(mine == samples[0] for mine in samples)
+            samples = samples[:1]
+        together = [sample for mine in samples for sample in mine]
+        assert len(together) == len(set(together)) == 24
+    assert [row["tokens"] for row in read_rows(tmp_path / "many")] == [24 * 16, 2 * 24 * 16, 3 * 24 * 16]
+    counts = {t.item() for name, t in read_checkpoint(tmp_path / "many", 3).items() if name.endswith(".step")}
+    assert counts == {3}  # the optimizer's own count
