@@ -7,9 +7,12 @@ ARGS   ?=
 M      ?= ddp
 NODES  ?= 2
 GPUS   ?= 2
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP := "$(BIN)/python" -m pip --disable-pip-version-check install
+# Two tests at a time: most wait for programs to start and to end, and ranks seldom use two cores all the time.
+PYTEST := "$(BIN)/python" -m pytest $(if $(ARGS),,-n $(WORKERS) --dist worksteal)
 # An environment remembers what was installed into it: the lists of packages, and the checkout that it points to.
 LESSON  := $(shell cat requirements-lesson.txt | cksum)
 CORE    := $(shell cat requirements-lesson.txt requirements.txt | cksum)
@@ -19,7 +22,7 @@ PROJECT := $(shell { pwd; cat pyproject.toml; } | cksum)
 
 help: ## this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
-	@echo '  Settings: VENV=.venv PYTHON=python3 SCRIPT=ddp/train.py NPROC= (default: all GPUs, else 2) ARGS= M=ddp NODES=2 GPUS=2'
+	@echo '  Settings: VENV=.venv PYTHON=python3 SCRIPT=ddp/train.py NPROC= (default: all GPUs, else 2) ARGS= M=ddp NODES=2 GPUS=2 WORKERS=2 (tests at a time)'
 
 venv: ## create .venv with the whole core environment, or bring it up to date
 	@$(create_venv)
@@ -48,10 +51,10 @@ train: venv-lesson ## train SCRIPT on all GPUs, else with 2 processes on the CPU
 	  exit $$code
 
 test: venv ## run the tests: the whole suite, or make test ARGS="tests/common -k loss"
-	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -m "not slow" $(ARGS)
+	@OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" $(ARGS)
 
 test-all: venv ## the same, and the slow ones: full trainings, and what must be compiled first
-	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(PYTEST) $(ARGS)
 
 test-slurm-all: venv ## really run every job file of the repository on a Slurm cluster on this machine
 	@OMP_NUM_THREADS=1 REQUIRE_SLURM=1 "$(BIN)/python" -m pytest tests/slurm/test_every_job_file.py $(ARGS)

@@ -62,10 +62,7 @@ def build_optimizer(
     # In ZeRO's stage 3 a parameter is an empty vector between its uses; DeepSpeed notes its shape beside it.
     matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) >= 2]
     vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     fused = device.type in ("cuda", "cpu")
     if config.name == "sgd":
         momentum, nesterov = config.betas[0], config.nesterov

@@ -41,6 +41,9 @@ def engine_config(config: DeepSpeedConfig, plan: BatchPlan, ranks: Ranks) -> dic
     settings = read(path)
     if precision == "fp64":
         fail("train.precision = fp64: DeepSpeed reduces no gradients in fp64, and ZeRO keeps weights in fp32; use fp32")
+    if precision != "fp32" and not settings.get("zero_optimization", {}).get("stage"):
+        advice = "use deepspeed/configs/zero1.json, or fp32"
+        fail(f"train.precision = {precision} with {path}: without ZeRO DeepSpeed has another optimizer there; {advice}")
     if precision == "fp16" and ranks.device.type == "cpu":
         fail("train.precision = fp16: DeepSpeed has no fp16 on the CPU; use bf16 or fp32 there")
     from_here = {

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from common.config import Config, parse
+from common.config import Config
 from common.ranks import Place, choose_device, fail, read_environment
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no tips, and no lines about TPUs
@@ -75,15 +75,15 @@ class Launch(NamedTuple):
         return self.devices * self.nodes
 
 
-def read_settings() -> LightningConfig:
-    """The settings of the command line; without `--config` there, of the file that the variable CONFIG_FILE names."""
+def arguments_and_file() -> list[str]:
+    """The command line; without `--config` in it, with the file that the variable CONFIG_FILE names."""
     arguments, file = sys.argv[1:], os.environ.get("CONFIG_FILE")
     if file and not any(argument.split("=")[0] == "--config" for argument in arguments):
         if not Path(file).is_file():
             there = ", ".join(sorted(path.name for path in (Path(__file__).parent / "configs").glob("*.*")))
             fail(f"CONFIG_FILE={file}: there is no such file (from {Path.cwd()}); lightning/configs/ has {there}")
         arguments = ["--config", file, *arguments]
-    return parse(LightningConfig, arguments)
+    return arguments
 
 
 def read_launch(config: Any, strategy: str) -> Launch:

@@ -18,7 +18,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from run_folder import RunFolder
-from settings import Launch, LightningConfig, mesh_shape, read_launch, read_settings
+from settings import Launch, LightningConfig, arguments_and_file, mesh_shape, read_launch
 from sharding import sharded_transformer
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.tensor import DTensor
@@ -27,6 +27,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 
 from common import network
+from common.config import parse
 from common.data import text_datasets
 from common.data_sharding import BatchPlan, Loader, evaluation_batches
 from common.loss import count_valid
@@ -231,4 +232,4 @@ class EvaluationBatches:
 
 
 if __name__ == "__main__":
-    main(read_settings())
+    main(parse(LightningConfig, arguments_and_file()))

@@ -217,7 +217,8 @@ def _python_problem(root: Path, path: Path, arguments: tuple[str, ...]) -> str |
         if reads_config:
             finished = processes.run([*command, *arguments, "--print_config"], 120, root, surroundings)
             last = finished.output.strip().splitlines()[-1:] or ["it failed without a word"]
-            return None if finished.exit_code == 0 else last[0]
+            if "unrecognized arguments: --print_config" not in last[0]:  # else: a sub-command with flags of its own
+                return None if finished.exit_code == 0 else last[0]
         words = [word for word in arguments if not word.startswith("-")]
         finished = processes.run([*command, "--help"], 120, root, surroundings)
         if "{" in finished.output.split("\n\n")[0] and words:  # sub-commands have a help of their own

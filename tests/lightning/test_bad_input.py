@@ -9,6 +9,8 @@ import pytest
 from equality import SMALL
 from launching import ROOT, clean_environment, whose_rank_1_dies
 
+from common.config import parse
+
 CASES, SCRIPT = "tests/lightning/cases.py", "lightning/train.py"
 
 
@@ -122,7 +124,7 @@ def test_which_settings_win(settings, monkeypatch, arguments, strategy):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("CONFIG_FILE", "lightning/configs/single_device.json")
     monkeypatch.setattr("sys.argv", ["lightning/train.py", *arguments])
-    assert settings.read_settings().strategy == strategy
+    assert parse(settings.LightningConfig, settings.arguments_and_file()).strategy == strategy
 
 
 def test_a_rank_that_dies_takes_the_others_with_it(launch, tmp_path):
