@@ -195,7 +195,7 @@ def test_files_differ_in_zero_alone():
     ({"train_batch_size": 32}, [], "train_batch_size = 32, but the settings give 48"),
     ({}, ["--train.precision", "fp64"], "DeepSpeed reduces no gradients in fp64"),
     ({}, ["--train.precision", "fp16"], "DeepSpeed has no fp16 on the CPU"),
-    ({"zero_optimization": {"stage": 0}}, ["--train.precision", "bf16"], "without ZeRO DeepSpeed has another optimizer"),
+    ({"zero_optimization": {"stage": 0}}, ["--train.precision", "bf16"], "DeepSpeed has another optimizer there"),
     ({}, ["--batch.micro_size", "5"], "batch.micro_size = 5 does not divide"),
     ({}, ["--zero.stage", "2"], "unknown key zero.stage"),
 ], ids=str)  # fmt: skip
