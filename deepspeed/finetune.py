@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from finetune_settings import FinetuneConfig, commit, dimensions, draw_model, last_checkpoint, model_config, read_model
+from finetune_settings import FinetuneConfig, commit, draw_model, last_checkpoint, model_config, read_model
 from settings import engine_config, keep_norm
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -178,13 +178,7 @@ class PlannedTrainer(transformers.Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Plain torch, as everywhere; matrices alone have weight decay."""
         if self.optimizer is None:
-            options = self.run.config.optimizer
-            self.optimizer = build_optimizer(self.model.parameters(), options, self.args.device)
-            # In stage 3 all parameters look like vectors now, and none would have weight decay.
-            parameters = [p for p in self.model.parameters() if p.requires_grad]
-            matrices, vectors = self.optimizer.param_groups
-            matrices["params"] = [p for p in parameters if dimensions(p) >= 2]
-            vectors["params"] = [p for p in parameters if dimensions(p) < 2]
+            self.optimizer = build_optimizer(self.model.parameters(), self.run.config.optimizer, self.args.device)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None) -> torch.optim.lr_scheduler.LRScheduler:

@@ -120,11 +120,6 @@ def read_model(config: FinetuneConfig, shape: Any) -> nn.Module:
     return model
 
 
-def dimensions(parameter: nn.Parameter) -> int:
-    """How many dimensions a parameter has when it is whole; stage 3 leaves an empty vector in its place."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
-
-
 # ----------------------------------------------------------------------------------------------------- checkpoints
 
 

@@ -36,8 +36,9 @@ class ZeroState:
         self.by_stage_3 = engine.zero_optimization_stage() == 3
         self.averages = AVERAGES[type(optimizer).__name__]
         self.named = dict(self.module.named_parameters())
-        self.names = {id(parameter): name for name, parameter in self.named.items()}
-        self._make_averages()
+        self.on_disk = getattr(self.zero, "swap_optimizer", False)  # off-load to NVMe: the averages are in files
+        if not self.on_disk:
+            self._make_averages()
 
     def _make_averages(self) -> None:
         """Make the averages now. torch makes them in its first step, and a checkpoint is loaded before that."""
@@ -82,6 +83,9 @@ class ZeroState:
     @torch.no_grad()
     def load_whole_state(self, state: dict[str, Any]) -> None:
         """Take this rank's partitions of such a state, which may come from any strategy and number of ranks."""
+        if self.on_disk:
+            fail("this run goes on from a checkpoint, which cannot be loaded into off-load to NVMe, whose state is in "
+                 "files of its own; go on with zero3_cpu_offload.json")  # fmt: skip
         device = deepspeed.accelerator.get_accelerator().current_device_name()
         for number, (name, parameter) in enumerate(self.named.items()):
             owner = number % dist.get_world_size()
@@ -117,10 +121,3 @@ class ZeroState:
                 utils.safe_set_local_optimizer_state(parameter, part, key)
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):  # what the model computes with
             parameter.copy_(whole["weight"])
-
-
-def refuse_nvme(settings: dict[str, Any]) -> None:
-    """Checkpoints of state that lies on NVMe are not written here: one line."""
-    devices = [part.get("device") for part in settings.get("zero_optimization", {}).values() if isinstance(part, dict)]
-    if "nvme" in devices:
-        fail("off-load to NVMe: this state cannot be saved yet")
