@@ -9,7 +9,7 @@ import sys
 
 import plugin_rooms
 import pytest
-from launching import Group, run_command
+from launching import Groups, run_command
 from slurm_cluster import SlurmCluster, why_not
 
 os.environ["OMP_NUM_THREADS"] = "1"  # ranks share the cores; more threads than cores are many times slower
@@ -38,15 +38,16 @@ def launch(tmp_path):
 
 @pytest.fixture(scope="session")
 def group():
-    """`group(3)("tests/ddp/cases.py", "function", *args)`: one result per rank; each size is started once."""
-    groups: dict[int, Group] = {}
+    """`group(3)("tests/ddp/cases.py", "function", *args)`: one result per rank; each size is started once a room."""
+    groups = Groups()
+    yield groups
+    groups.stop()
 
-    def get(size: int) -> Group:
-        return groups.setdefault(size, Group(size))
 
-    yield get
-    for each in groups.values():
-        each.stop()
+@pytest.fixture(scope="module", autouse=True)
+def one_room_at_a_time(request, group):
+    """Ranks of the room before are ended: they hold the libraries of all its lessons, a gigabyte each in the end."""
+    group.enter(plugin_rooms.room_of(request.node.nodeid))
 
 
 @pytest.fixture(scope="session")

@@ -110,6 +110,8 @@ class Group:
 
     def __call__(self, path: str, function: str, *args, timeout: float = 120):
         """Call `function` of the file `path` (from the repository root) on all ranks; returns the results by rank."""
+        if any(process.poll() is not None for process in self.processes):
+            self.stop(kill=True)  # one was killed from outside, for memory perhaps: that is no fault of this test
         if not self.processes:
             self.start()
         port = free_port()
@@ -140,3 +142,26 @@ class Group:
             self.stop(kill=True)
             pytest.fail(f"{path}:{function} on {self.size} ranks:\n" + "\n".join(f"[{r}] {a}" for r, a in bad.items()))
         return [answers[rank][1] for rank in range(self.size)]
+
+
+class Groups:
+    """One group of each size, kept for the tests of one room."""
+
+    def __init__(self) -> None:
+        self.groups: dict[int, Group] = {}
+        self.room = ""
+
+    def __call__(self, size: int) -> Group:
+        return self.groups.setdefault(size, Group(size))
+
+    def enter(self, room: str) -> None:
+        """End the ranks of another room."""
+        if room != self.room:
+            self.stop()
+        self.room = room
+
+    def stop(self) -> None:
+        """End all ranks."""
+        for group in self.groups.values():
+            group.stop()
+        self.groups = {}

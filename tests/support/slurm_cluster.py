@@ -65,7 +65,7 @@ class SlurmCluster:
             time.sleep(0.2)
         return shown
 
-    def wait_for_text(self, job: str, pattern: str, timeout: float = 90) -> str:
+    def wait_for_text(self, job: str, pattern: str, timeout: float = 180) -> str:
         """Wait until the job's output holds `pattern`; returns the output."""
         deadline = time.monotonic() + timeout
         while not re.search(pattern, text := self.output(job)):
