@@ -4,6 +4,7 @@ import contextlib
 import os
 import pickle
 import selectors
+import signal
 import socket
 import subprocess
 import sys
@@ -110,8 +111,10 @@ class Group:
 
     def __call__(self, path: str, function: str, *args, timeout: float = 120):
         """Call `function` of the file `path` (from the repository root) on all ranks; returns the results by rank."""
-        if any(process.poll() is not None for process in self.processes):
-            self.stop(kill=True)  # one was killed from outside, for memory perhaps: that is no fault of this test
+        if ended := {rank: code for rank, p in enumerate(self.processes) if (code := p.poll()) is not None}:
+            self.stop(kill=True)
+            if set(ended.values()) != {-signal.SIGKILL}:  # that one comes from outside: the kernel wanted memory
+                pytest.fail(f"rank(s) of the tests before ended by themselves, with exit codes {ended}")
         if not self.processes:
             self.start()
         port = free_port()
