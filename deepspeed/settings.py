@@ -129,6 +129,7 @@ def state_bytes(engine: Any) -> dict[str, int]:
     weights = parameters + [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
     for kept in ("averaged_gradients", "all_grad_tensors"):  # before and between the last micro-batches
         gradients += list(getattr(zero, kept, {}).values())
+    gradients += [flat.grad for flat in partitions(zero)]  # with off-load: in host memory
     return _in_bytes(weights=weights, gradients=gradients, master=partitions(zero), moments=_moments(zero.optimizer))
 
 
