@@ -4,8 +4,11 @@ The modules that tests import stand in tests/support, which is on the path; test
 named like libraries.
 """
 
+import fcntl
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 import plugin_rooms
 import pytest
@@ -18,6 +21,23 @@ os.environ["OMP_NUM_THREADS"] = "1"  # ranks share the cores; more threads than 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the plugin that counts what ran in each room."""
     config.pluginmanager.register(plugin_rooms.Rooms(config), "rooms")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item):
+    """With two tests at a time, one that is marked `alone` waits for the other to end, and keeps the next waiting."""
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    path = Path(tempfile.gettempdir()) / f"tests-{item.config.workerinput['testrunuid']}.lock"
+    with path.open("a") as file:  # closing it gives the lock back
+        fcntl.flock(file, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+        return (yield)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the file that the tests have locked."""
+    if hasattr(config, "workerinput"):
+        (Path(tempfile.gettempdir()) / f"tests-{config.workerinput['testrunuid']}.lock").unlink(missing_ok=True)
 
 
 @pytest.fixture

@@ -47,8 +47,8 @@ def questions(first: int, count: int) -> dict:
 
 @pytest.fixture(scope="module", autouse=True)
 def new_ranks(group):
-    """Ranks in which no other script had its turn: after DeepSpeed's stage 3 in a process, `transformers` no longer fills
-    in what a checkpoint does not hold (the rotary embedding's frequencies stay whatever was in memory)."""
+    """Ranks in which no other script had its turn: after DeepSpeed's stage 3 in a process, `transformers` may leave what
+    a checkpoint does not hold, the rotary embedding's frequencies, as they were found in memory."""
     group.stop()
 
 

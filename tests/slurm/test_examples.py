@@ -158,6 +158,7 @@ def test_one_line_for_a_wrong_folder(tmp_path, script, arguments, words):
 # ------------------------------------------------------------------------------------------------ preemption
 
 
+@pytest.mark.alone
 def test_preempted_requeued_finished(cluster):
     """The urgent job is the same training, which nobody disturbs: both must end with the same weights."""
     steps = 120

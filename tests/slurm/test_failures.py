@@ -33,6 +33,7 @@ def assert_equal_runs(run: Path, other: Path) -> None:
     assert largest_difference(read_checkpoint(run, STEPS), read_checkpoint(other, STEPS)) == 0
 
 
+@pytest.mark.alone
 def test_killed_rank_fails_the_job(cluster):
     job = cluster.submit("ddp/multi_node.sbatch", "--train.steps", "5000", "--model.layers", "1")
     cluster.wait_for_text(job, r"step +10 ")
@@ -44,6 +45,7 @@ def test_killed_rank_fails_the_job(cluster):
     assert not cluster.pids("node1", r"ddp/train\.py") and not cluster.pids("node2", r"ddp/train\.py")
 
 
+@pytest.mark.alone
 def test_killed_node_requeued_resumed(cluster, undisturbed):
     job = cluster.submit(*TRAINING)
     cluster.wait_for_text(job, r"step +150 ")
@@ -52,12 +54,13 @@ def test_killed_node_requeued_resumed(cluster, undisturbed):
         cluster.wait_for(job, "PENDING", timeout=60)  # Slurm has noticed, and requeued the job
     finally:
         cluster("start-node", "2")
-    text = cluster.completed(job, timeout=120)
+    text = cluster.completed(job, timeout=180)
     assert cluster.show(job)["Restarts"] == "1"
     assert "resumed from" in text
     assert_equal_runs(cluster.run_folder(job), undisturbed)
 
 
+@pytest.mark.alone
 def test_signal_before_the_time_limit(cluster, undisturbed):
     """A limit of one minute, with the signal 40 s before it: the run needs several attempts."""
     job = cluster.submit("--time=1", "--signal=B:USR1@40", *TRAINING)
