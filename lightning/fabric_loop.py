@@ -9,26 +9,21 @@ back; the loop is the same. What Lightning's Trainer does out of sight stands he
 its hooks is which line.
 """
 
-import logging
-import os
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.strategies import DDPStrategy
+from settings import FabricConfig, read_launch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from common import network
-from common.config import Config, RunConfig, parse
+from common.config import parse
 from common.data import text_datasets
 from common.data_sharding import BatchPlan, Loader, evaluation_batches
 from common.flops import explain, flops_per_token
 from common.loss import count_valid
 from common.optimizer import build_optimizer, learning_rate, set_learning_rate
-from common.ranks import Place, Ranks, choose_device, fail, read_environment
+from common.ranks import Ranks, fail
 from common.run import Run
 from common.transformer import Transformer
 
@@ -36,28 +31,19 @@ from common.transformer import Transformer
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp64": "32-true"}
 
 
-@dataclass
-class FabricConfig(Config):
-    """The settings of `ddp/train.py`, and one for Lightning's own launcher."""
-
-    devices: int | None = None
-    """Processes on each node. Default: as many as torchrun or srun started; else one per GPU, or one on the CPU."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.devices is not None and self.devices < 1:
-            raise ValueError(f"devices = {self.devices} cannot work; allowed: at least 1, or null")
-
-
 @record  # torchrun then reports the rank that failed first, and why
 def main(config: FabricConfig) -> None:
     # ---- the lesson: Fabric joins the other ranks, or starts them: then each runs this script from the top
-    launcher, where = placement(config)
+    if config.train.precision == "fp16":
+        fail("train.precision = fp16: Fabric cannot clip gradients that a fused optimizer unscales; use bf16")
+    launch = read_launch(config, "ddp")
     timeout = timedelta(seconds=config.timeout_s)
     strategy = DDPStrategy(timeout=timeout, gradient_as_bucket_view=True)
+    where = {"accelerator": launch.device_type, "devices": launch.devices, "num_nodes": launch.nodes}
     fabric = Fabric(strategy=strategy, precision=PRECISION[config.train.precision], **where)
     fabric.launch()
-    ranks = Ranks(fabric.global_rank, fabric.world_size, fabric.local_rank, where["devices"], launcher, fabric.device)
+    place = fabric.global_rank, fabric.world_size, fabric.local_rank, launch.devices
+    ranks = Ranks(*place, launch.launcher, fabric.device)
 
     # ---- data: the batch of step N is a pure function of the seed and N
     train_set, validation_set = text_datasets(config.data, config.model.vocabulary)
@@ -124,59 +110,6 @@ def evaluate(model: Transformer, dataset, batch_size: int, ranks: Ranks, fabric:
     # Ranks may have had different numbers of samples: sums, never a mean of means. all_reduce's default is the mean.
     loss, count = fabric.all_reduce(sums, reduce_op="sum").tolist()
     return loss / count
-
-
-def placement(config: RunConfig) -> tuple[str, dict[str, Any]]:
-    """Who started this process, and what Fabric (or the Trainer, which takes the same words) has to be told of it.
-
-    Lightning would find the launcher by itself, too. But it takes every process with SLURM_NTASKS in its environment
-    for a task of srun, plain python in a job file included, and then waits for the others; `read_environment` looks
-    at the step.
-
-    Args:
-        config: settings with a field `devices`.
-
-    Returns:
-        The launcher's name, and accelerator, devices (processes on each node), num_nodes and plugins as keywords.
-
-    Raises:
-        SystemExit: (exit code 2) half-set environment, devices that the launcher or the machine contradicts.
-    """
-    for name in ("lightning.fabric", "lightning.pytorch"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # they greet at length
-    # Lightning's launcher starts the script again with these, and without RANK.
-    is_child = {"LOCAL_RANK", "NODE_RANK"} <= os.environ.keys() and "RANK" not in os.environ
-    place = Place(0, 1, int(os.environ["LOCAL_RANK"]), 1, "lightning") if is_child else read_environment()
-    environment: Any = LightningEnvironment()
-    accelerator = choose_device(config.device, place).type
-    if place.launcher in ("python", "lightning"):
-        devices, nodes = config.devices or (torch.cuda.device_count() if accelerator == "cuda" else 1), 1
-        launcher = "python" if devices == 1 else "lightning"
-    else:
-        devices, launcher = place.local_world_size, place.launcher
-        nodes, rest = divmod(place.world_size, devices)
-        if rest or config.devices not in (None, devices):
-            found = f"devices = {config.devices or devices}, but {launcher} started {place.world_size} processes"
-            fail(f"{found}, {devices} on this node; Lightning wants `devices` on every node: leave --devices out")
-        if launcher != "srun":  # mpirun has names of its own for these
-            rank, size, local = str(place.rank), str(place.world_size), str(place.local_rank)
-            address, port = place.master_addr, str(place.master_port)
-            os.environ.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=local, MASTER_ADDR=address, MASTER_PORT=port)
-            environment = TorchElasticEnvironment()
-    try:
-        if launcher == "srun":
-            environment = SLURMEnvironment(auto_requeue=False)  # slurm/job_env.sh sees to that, for every framework
-        environment.validate_settings(devices, nodes)
-        network.apply(config.network_profile)
-    except (RuntimeError, ValueError) as error:
-        fail(str(error))
-
-    if accelerator == "cuda" and devices > torch.cuda.device_count():
-        found = f"devices = {devices}, but this process sees {torch.cuda.device_count()} GPU(s)"
-        fail(f"{found}; Lightning wants to see all of a node's: fewer devices, or no --gpus-per-task")
-    if config.train.precision == "fp16":  # lightning/fabric/plugins/precision/amp.py; on a CPU it would take bf16
-        fail("train.precision = fp16: Lightning cannot clip gradients that a fused optimizer unscales; ask for bf16")
-    return launcher, {"accelerator": accelerator, "devices": devices, "num_nodes": nodes, "plugins": [environment]}
 
 
 if __name__ == "__main__":

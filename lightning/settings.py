@@ -15,10 +15,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from common import network
 from common.config import Config
 from common.ranks import Place, choose_device, fail, read_environment
 
-logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no tips, and no lines about TPUs
 warnings.filterwarnings("ignore", ".*srun. command is available")  # `read_launch` knows better
 warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)  # Lightning's, about torch's
 
@@ -29,22 +29,36 @@ except metadata.PackageNotFoundError:
 
 
 @dataclass
-class LightningConfig(Config):
-    """The common settings, and which of Lightning's strategies trains on how many devices."""
+class FabricConfig(Config):
+    """The common settings, and on how many devices."""
 
-    strategy: Literal["single_device", "ddp", "fsdp", "tensor_parallel", "deepspeed"] = "ddp"
-    """How the training is distributed."""
     devices: int | None = None
     """Processes on each node, one a device. null: as many as torchrun or srun started; with plain python, all GPUs, or
     one process on the CPU. With plain python Lightning starts the others itself."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_devices(self.devices)
+
+
+def check_devices(devices: int | None) -> None:
+    """Raises ValueError unless it is a number of processes, or None."""
+    if devices is not None and devices < 1:
+        raise ValueError(f"devices = {devices} cannot work; allowed: 1 or more, or null")
+
+
+@dataclass
+class LightningConfig(FabricConfig):
+    """The same, and which of Lightning's strategies trains."""
+
+    strategy: Literal["single_device", "ddp", "fsdp", "tensor_parallel", "deepspeed"] = "ddp"
+    """How the training is distributed."""
     tp_dimensions: list[int] | None = None
     """Ranks along [rows, columns, depth] of a 3-D tensor parallelism, whose product is the number of ranks; null: all
     along the first. Rows cut the weights, depth cuts batch and weights as FSDP does, and columns must be 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.devices is not None and self.devices < 1:
-            raise ValueError(f"devices = {self.devices} cannot work; allowed: 1 or more, or null")
         if self.tp_dimensions is None:
             return
         found = f"tp_dimensions = {self.tp_dimensions}"
@@ -87,15 +101,17 @@ def arguments_and_file() -> list[str]:
 
 
 def read_launch(config: Any, strategy: str) -> Launch:
-    """Find out who started how many processes, and whether Lightning will see the same.
+    """Find out who started how many processes, whether Lightning will see the same, and set the network's variables.
 
     Args:
-        config: settings with `device` and `devices`.
+        config: settings with `device`, `devices` and `network_profile`.
         strategy: for the one line about n processes that would each train alone.
 
     Raises:
         SystemExit: (exit code 2) the launcher and the settings contradict each other.
     """
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # no tips, and no lines about TPUs
     env = os.environ
     if {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT"} <= env.keys() and "RANK" not in env:
         # One of those that the first process has started: Lightning's launcher names the local rank alone.
@@ -134,6 +150,10 @@ def read_launch(config: Any, strategy: str) -> Launch:
     if strategy == "single_device" and launch.world_size > 1:
         found = f"strategy = single_device, and {launch.world_size} processes: as many identical runs"
         fail(f"{found}; start one (srun: --ntasks-per-node=1), or set strategy to ddp")
+    try:
+        network.apply(config.network_profile)
+    except ValueError as error:
+        fail(str(error))
     return launch
 
 

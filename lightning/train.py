@@ -26,13 +26,11 @@ from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 
-from common import network
 from common.config import parse
 from common.data import text_datasets
 from common.data_sharding import BatchPlan, Loader, evaluation_batches
 from common.loss import count_valid
 from common.optimizer import build_optimizer, learning_rate, set_learning_rate
-from common.ranks import fail
 from common.transformer import Transformer
 
 
@@ -40,10 +38,6 @@ from common.transformer import Transformer
 def main(config: LightningConfig) -> None:
     launch = read_launch(config, config.strategy)
     data_parallel, tensor_parallel = mesh_shape(config, launch)
-    try:
-        network.apply(config.network_profile)
-    except ValueError as error:
-        fail(str(error))
     data = TextData(config, data_parallel)
     mesh = {"data": data_parallel} | ({"tensor": tensor_parallel} if tensor_parallel > 1 else {})
     data.run_folder = RunFolder(config, launch, mesh, data.train_set)

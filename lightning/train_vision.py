@@ -21,9 +21,10 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from fabric_loop import placement
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
+from settings import Launch, check_devices, read_launch
 from torch import nn
 from torch.distributed.elastic.multiprocessing import errors as elastic
 from torch.nn.utils import clip_grad_norm_
@@ -123,19 +124,20 @@ class VisionConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.devices is not None and self.devices < 1:
-            raise ValueError(f"devices = {self.devices} cannot work; allowed: at least 1, or null")
+        check_devices(self.devices)
 
 
 @elastic.record  # torchrun then reports the rank that failed first, and why
 def main(config: VisionConfig) -> None:
     warnings.filterwarnings("ignore", DATED)
-    launcher, where = placement(config)
-    on_gpu = where["accelerator"] == "cuda"
+    if config.train.precision == "fp16":
+        fail("train.precision = fp16: the Trainer cannot clip gradients that a fused optimizer unscales; use bf16")
+    launch = read_launch(config, "ddp")
+    on_gpu = launch.device_type == "cuda"
 
     # ---- data: the batch of step N is a pure function of the seed and N, random crops and flips included
     train_set, validation_set, classes = image_datasets(config.data)
-    plan = BatchPlan(config.batch, len(train_set), config.seed, 0, where["devices"] * where["num_nodes"])
+    plan = BatchPlan(config.batch, len(train_set), config.seed, 0, launch.world_size)
     data = VisionData(config, plan, train_set, validation_set)
 
     # ---- model: built before the Trainer, which would draw the weights of a "64-true" training in fp64
@@ -156,9 +158,13 @@ def main(config: VisionConfig) -> None:
 
     # ---- the lesson: what the Trainer is told, and from then on it does. Its own sampler, logger, progress bar and
     # checkpoints (pickles that fit no other script) stay off: here they are those of every other script.
-    record = Record(config, launcher, where["devices"], flops)
+    record = Record(config, launch, flops)
     trainer = Trainer(
-        **where,
+        accelerator=launch.device_type,
+        devices=launch.devices,
+        num_nodes=launch.nodes,
+        # Under Slurm the Trainer would requeue the job itself; slurm/job_env.sh sees to that, for every framework.
+        plugins=[SLURMEnvironment(auto_requeue=False)] if launch.launcher == "srun" else [],
         # DDP would send rank 0's statistics around when validation begins (and a rank that has no image to validate
         # would not be there to take them); average_statistics has made them agree already.
         strategy=DDPStrategy(
@@ -282,16 +288,16 @@ class Record(Callback):
 
     Args:
         config: the settings.
-        launcher, devices: as `placement` found them.
+        launch: who started how many processes.
         flops: forward and backward of one image.
     """
 
-    def __init__(self, config: VisionConfig, launcher: str, devices: int, flops: float) -> None:
-        self.config, self.launcher, self.devices, self.flops = config, launcher, devices, flops
+    def __init__(self, config: VisionConfig, launch: Launch, flops: float) -> None:
+        self.config, self.launch, self.flops = config, launch, flops
 
     def on_fit_start(self, trainer: Trainer, module: VisionModule) -> None:
         """Open the run and load the checkpoint it goes on from: before the Trainer asks for the first batch."""
-        place = (trainer.global_rank, trainer.world_size, trainer.local_rank, self.devices, self.launcher)
+        place = (trainer.global_rank, trainer.world_size, trainer.local_rank, self.launch.devices, self.launch.launcher)
         self.ranks = Ranks(*place, trainer.strategy.root_device)
         data = trainer.datamodule
         images_per_step, fingerprint = self.config.batch.global_size, data.train_set.fingerprint()

@@ -148,7 +148,7 @@ def test_resnet50_under_lightnings_own_launcher(launch, tmp_path):
 
 
 @pytest.mark.parametrize(("more", "words"), [
-    (["--devices", "3"], ["devices = 3", "torchrun started 2 processes"]),
+    (["--devices", "3"], ["devices = 3", "torchrun started 2 process"]),
     (["--batch.global_size", "25"], ["global_size = 25", "2 data-parallel ranks"]),
     (["--batch.micro_size", "1"], ["1 image", "batch.micro_size", "--model.norm group"]),
     (["--model.sync_batchnorm", "true"], ["model.sync_batchnorm", "GPUs only"]),
