@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from environment import deepspeed
+from nvme import why_not_nvme
 from torch.nn.utils import clip_grad_norm_
 
 from common.config import Config
@@ -35,7 +36,7 @@ def engine_config(config: DeepSpeedConfig, plan: BatchPlan, ranks: Ranks) -> dic
 
     Raises:
         SystemExit: (exit code 2) the file is missing, is no JSON object, has a key that DeepSpeed does not know, or
-            contradicts the settings; the precision cannot be had.
+            contradicts the settings; the precision cannot be had; off-load to NVMe, and what that needs is missing.
     """
     path, precision = Path(config.deepspeed_config), config.train.precision
     settings = read(path)
@@ -46,6 +47,8 @@ def engine_config(config: DeepSpeedConfig, plan: BatchPlan, ranks: Ranks) -> dic
         fail(f"train.precision = {precision} with {path}: without ZeRO DeepSpeed has another optimizer there; {advice}")
     if precision == "fp16" and ranks.device.type == "cpu":
         fail("train.precision = fp16: DeepSpeed has no fp16 on the CPU; use bf16 or fp32 there")
+    if "nvme" in (off_load(settings, "optimizer"), off_load(settings, "param")) and (reason := why_not_nvme(ranks)):
+        fail(f"{path}: {reason}")
     from_here = {
         "train_batch_size": plan.batch.global_size,
         "train_micro_batch_size_per_gpu": plan.micro_size,
@@ -98,6 +101,27 @@ def known_keys() -> set[str]:
     modules = deepspeed.runtime.constants, deepspeed.runtime.zero.config
     values = [value for module in modules for name, value in vars(module).items() if name.isupper()]
     return {value for value in values if isinstance(value, str) and value.isidentifier()}
+
+
+def off_load(settings: dict[str, Any], what: str) -> str:
+    """Where "optimizer" or "param" go by the file: cpu, nvme, or none."""
+    return (settings.get("zero_optimization", {}).get(f"offload_{what}") or {}).get("device", "none")
+
+
+def or_compiled(optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    """The optimizer as it is; or DeepSpeed's own for the CPU, if its state is off-loaded and the file insists on it.
+
+    DeepSpeed insists unless the file says `"zero_force_ds_cpu_optimizer": false`. Its AdamW is compiled at first use.
+    """
+    if off_load(settings, "optimizer") == "none" or not settings.get("zero_force_ds_cpu_optimizer", True):
+        return optimizer
+    if not isinstance(optimizer, torch.optim.AdamW):
+        fail('zero_force_ds_cpu_optimizer: DeepSpeed has AdamW alone for the CPU; set optimizer.name to adamw, or '
+             '"zero_force_ds_cpu_optimizer": false in the file')  # fmt: skip
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    options = {name: optimizer.defaults[name] for name in ("lr", "betas", "eps")}
+    return DeepSpeedCPUAdam(optimizer.param_groups, **options, adamw_mode=True)
 
 
 def nvme_folder(config: DeepSpeedConfig) -> str:

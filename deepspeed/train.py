@@ -11,7 +11,7 @@ DeepSpeed's, and the engine counts the micro-batches: it reduces, clips, steps a
 import torch
 import torch.distributed as dist
 from environment import deepspeed
-from settings import DeepSpeedConfig, describe, engine_config, keep_norm
+from settings import DeepSpeedConfig, describe, engine_config, keep_norm, or_compiled
 from torch.distributed.elastic.multiprocessing.errors import record
 from zero_state import checkpointable
 
@@ -50,7 +50,7 @@ def main(config: DeepSpeedConfig) -> None:
 
     # ---- the lesson: the engine takes model and optimizer. What it does with them stands in the JSON file: nothing
     # is cut up in stage 0; the optimizer's state in 1, gradients too in 2, parameters too in 3.
-    optimizer = build_optimizer(model.parameters(), config.optimizer, ranks.device)
+    optimizer = or_compiled(build_optimizer(model.parameters(), config.optimizer, ranks.device), settings)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     keep_norm(engine)
     state = checkpointable(engine, optimizer)

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node=2 deepspeed/zero_offload.py                          # some ten seconds on a laptop
     torchrun --nproc-per-node=4 deepspeed/zero_offload.py --model.preset llama_1b --pin_memory true    # four GPUs
-    python deepspeed/zero_offload.py --build true     # once, before NVMe: compiles async_io, 7 to 15 minutes
+    python deepspeed/nvme.py                          # once, before NVMe: compiles async_io, 7 to 15 minutes
 
 The same model takes the same steps with ZeRO-2, ZeRO-2 with the optimizer in host memory, ZeRO-3 with everything in
 host memory, and ZeRO-3 with everything on disk. Bytes are those behind all tensors of this process and in its swap
@@ -10,7 +10,6 @@ files; beside them stands what the papers predict: ZeRO (arXiv 1910.02054), ZeRO
 (2104.07857). On the CPU, device and host are the same memory: there the table shows what would lie where on a GPU.
 """
 
-import fcntl
 import gc
 import os
 import shutil
@@ -25,13 +24,13 @@ from typing import Any, Literal
 
 import torch
 from environment import deepspeed
+from nvme import why_not_nvme
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.utils import cpp_extension
 
 from common.config import parse
 from common.data_sharding import derive_seed
 from common.optimizer import OptimizerConfig, build_optimizer
-from common.ranks import Ranks, fail, join, single_process
+from common.ranks import Ranks, fail, join
 from common.transformer import ModelConfig, Transformer
 
 CASES = {  # name: what it is, ZeRO's stage, where the optimizer goes, where the parameters go
@@ -58,8 +57,6 @@ class OffloadConfig:
     """Page-lock what is off-loaded: copies to and from a GPU are faster. Without effect on the CPU."""
     nvme_path: str = ""
     """A folder on a disk of this node; default: the variable TMPDIR, else /tmp."""
-    build: bool = False
-    """Compile async_io, which NVMe needs, and end."""
     model: ModelConfig = field(default_factory=ModelConfig)
     seed: int = 1234
     device: str = "auto"
@@ -75,13 +72,10 @@ class OffloadConfig:
 
 @record
 def main(config: OffloadConfig) -> None:
-    if config.build:
-        return build_async_io()
     ranks = join(config.device)
     deepspeed.init_distributed(verbose=False)  # takes the process group that is there
     names = list(CASES) if config.case == "all" else [config.case]
-    # One rank looks: ranks that tried the lock at the same time would see each other.
-    if "zero3_nvme" in names and (reason := ranks.broadcast(why_not_nvme() if ranks.is_main else "")):
+    if "zero3_nvme" in names and (reason := why_not_nvme(ranks)):
         if config.case == "zero3_nvme":
             fail(reason)
         names.remove("zero3_nvme")
@@ -279,62 +273,6 @@ def now(ranks: Ranks) -> float:
     if ranks.device.type == "cuda":
         torch.cuda.synchronize(ranks.device)
     return time.perf_counter()
-
-
-# ------------------------------------------------------------------------------------------------------ NVMe
-
-
-def why_not_nvme() -> str:
-    """What is missing for off-load to NVMe; empty if nothing is. In one line: DeepSpeed itself would build, or hang."""
-    folder = Path(cpp_extension._get_build_directory("async_io", verbose=False))
-    if problem := locked(folder):
-        return problem
-    if not cpp_extension.is_ninja_available():
-        return "ninja is missing, with which DeepSpeed loads its extension async_io; install it: pip install ninja"
-    if not (folder / "async_io.so").is_file():
-        if problem := cannot_build():
-            return problem
-        once = "python deepspeed/zero_offload.py --build true"
-        return f"the extension async_io is not built; build it once, 7 to 15 minutes of one core: {once}"
-    return ""
-
-
-def cannot_build() -> str:
-    """What a build of async_io would lack: a compiler, or the headers of libaio."""
-    if not (shutil.which("c++") or os.environ.get("CXX")):
-        return "no C++ compiler (c++) for DeepSpeed's extension async_io; install g++, or load your site's module"
-    if not deepspeed.ops.op_builder.AsyncIOBuilder().is_compatible(verbose=False):
-        where = "CFLAGS and LDFLAGS may say where it is"
-        return (
-            f"libaio with its headers is missing for the extension async_io; install libaio-dev (libaio-devel); {where}"
-        )
-    return ""
-
-
-def locked(folder: Path) -> str:
-    """Whether the lock of a build stands in the way. Without this a rank would wait in silence while it is there."""
-    lock = folder / "lock"
-    if not lock.exists():
-        return ""
-    if not hasattr(cpp_extension, "FileLock"):  # an older torch: what counts is that the file is there
-        return f"{lock}: the lock of a build that is going on, or was killed; if no ninja is running, remove that file"
-    with lock.open("a") as file:  # since 2.15 the kernel holds the lock, and frees it when the builder dies
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return f"{lock} is held: another process is building this extension now; wait for it, or end it"
-    return ""
-
-
-def build_async_io() -> None:
-    """Compile async_io and what it needs; a second time it is only loaded."""
-    single_process("cpu")
-    folder = Path(cpp_extension._get_build_directory("async_io", verbose=False))
-    if problem := locked(folder) or cannot_build():
-        fail(problem)
-    start = time.perf_counter()
-    deepspeed.ops.op_builder.AsyncIOBuilder().load(verbose=False)
-    print(f"async_io: ready in {folder} after {time.perf_counter() - start:.1f} s")
 
 
 def open_swap_folder(config: OffloadConfig, ranks: Ranks) -> Path:

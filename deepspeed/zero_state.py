@@ -15,7 +15,8 @@ from common.checkpoint import WholeState
 from common.ranks import fail
 
 utils = deepspeed.utils
-AVERAGES = {"AdamW": ("exp_avg", "exp_avg_sq"), "SGD": ("momentum_buffer",)}
+ADAM = ("exp_avg", "exp_avg_sq")
+AVERAGES = {"AdamW": ADAM, "DeepSpeedCPUAdam": ADAM, "SGD": ("momentum_buffer",)}
 
 
 def checkpointable(engine: Any, optimizer: torch.optim.Optimizer) -> torch.nn.Module | WholeState:
@@ -45,8 +46,10 @@ class ZeroState:
         for flat in partitions(self.zero):
             if not self.optimizer.state[flat]:
                 entries = {name: torch.zeros_like(flat) for name in self.averages}
-                step = {"step": torch.zeros((), dtype=torch.float32)} if "exp_avg" in self.averages else {}
-                self.optimizer.state[flat] = step | entries
+                if self.averages == ADAM:  # DeepSpeed's counts in whole numbers
+                    count = torch.float32 if isinstance(self.optimizer, torch.optim.AdamW) else torch.int64
+                    entries["step"] = torch.zeros((), dtype=count)
+                self.optimizer.state[flat] = entries
         # Stages 1 and 2 look up where a parameter's averages are after the first group's step, when those of the
         # second group (vectors, without weight decay) do not exist yet, and then never again (DeepSpeed 0.19).
         if hasattr(self.zero, "_lazy_init_hp_params_optimizer_state"):
@@ -73,7 +76,7 @@ class ZeroState:
                 weights[name] = weight.cpu()
                 moments[name] = {key: value.cpu() for key, value in averages.items()}
                 if (steps := self._steps()) is not None:
-                    moments[name]["step"] = steps.clone().cpu()
+                    moments[name]["step"] = steps.to("cpu", torch.float32, copy=True)
         groups = [
             {key: value for key, value in group.items() if key != "params"} | {"params": names}
             for group, names in zip(self.optimizer.param_groups, self._groups(), strict=True)

@@ -165,6 +165,26 @@ def test_run_record(group, tmp_path):
     assert record["versions"]["deepspeed"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("config", ["zero2_cpu_offload", "zero3_cpu_offload"])
+def test_compiled_optimizer(launch, single_device, tmp_path, config):
+    """DeepSpeed's AdamW for the CPU, compiled at first use, in place of torch's: the same training, also resumed."""
+    settings = json.loads((ROOT / "deepspeed" / "configs" / f"{config}.json").read_text())
+    del settings["zero_force_ds_cpu_optimizer"]  # then DeepSpeed insists on its own
+    file = tmp_path / "compiled.json"
+    file.write_text(json.dumps(settings))
+    given = [*arguments(tmp_path, config), "--deepspeed_config", file]
+    assert "Loading extension module cpu_adam" in launch(SCRIPT, *given, "--train.steps", "1", timeout=400).stdout
+    launch(SCRIPT, *given, "--resume", "auto")  # from the first step on
+    one, many = single_device(*BASE), tmp_path / "many"
+    assert_same_rows(one, many, 1e-5)
+    assert largest_difference(read_checkpoint(one, STEPS), read_checkpoint(many, STEPS), "model.") <= 1e-4
+    assert steps_of_the_optimizer(many, STEPS) == {STEPS}
+    refused = launch(SCRIPT, *given, "--run_name", "sgd", "--optimizer.name", "sgd", check=False)
+    assert "DeepSpeed has AdamW alone for the CPU" in refused.stderr
+
+
 # ------------------------------------------------------------------------------------------------ configurations
 
 

@@ -1,6 +1,7 @@
 """What lies where is as the papers say, byte by byte where nothing is padded; off-load does not change the training."""
 
 import fcntl
+import json
 import re
 import sys
 from pathlib import Path
@@ -96,11 +97,15 @@ def nvme(tmp_path, *options, check=True, timeout=60, **environment):
 def test_a_build_under_way_is_named_and_not_waited_for(tmp_path):
     folder = locked_folder(tmp_path / "extensions")
     options = ["--case", "zero3_nvme", *SMALL]
+    training = [sys.executable, "deepspeed/train.py", "--deepspeed_config", "deepspeed/configs/zero3_nvme_offload.json"]
+    where = {"TMPDIR": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
     with (folder / "lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         done = nvme(tmp_path, *options, check=False, TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
-    assert done.returncode == 2
-    assert "async_io/lock is held: another process is building this extension now" in done.stderr
+        trained = run_command(training, 60, check=False, DEVICE="cpu", **where)
+    for each in (done, trained):
+        assert each.returncode == 2
+        assert "async_io/lock is held: another process is building this extension now" in each.stderr
     # The lock file of a build that was killed is nobody's any more: what is missing is said instead.
     done = nvme(tmp_path, *options, check=False, TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
     assert done.returncode == 2
@@ -125,3 +130,21 @@ def test_nvme(launch, tmp_path):
         assert swapped["host", role][-1] <= 0.1 * size * count / 2
     assert abs(loss_of(printed)[-1] - loss_of(printed)[-2]) <= 2e-2  # beside ZeRO-3 in memory, in bf16
     assert not list((tmp_path / "swap").iterdir())  # swap files are gone
+
+
+@pytest.mark.slow
+def test_train_with_everything_on_disk(launch, tmp_path):
+    """train.py with the file for NVMe: the losses of stage 3 in memory, and a checkpoint at the end."""
+    options = ["--train.steps", "3", "--runs_dir", tmp_path, "--nvme_path", tmp_path / "swap"]
+    losses = []
+    for name in ("zero3", "zero3_nvme_offload"):
+        more = ["--run_name", name, "--deepspeed_config", f"deepspeed/configs/{name}.json"]
+        done = launch("deepspeed/train.py", *options, *more, timeout=250, check=False)
+        if missing := re.search(r"error: \S+: (.*async_io.*)", done.stderr):
+            pytest.skip(f"NVMe off-load: {missing[1]}")
+        assert done.returncode == 0, done.stderr[-4000:]
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses.append([row["loss"] for row in rows if "loss" in row])
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)  # fp32
+    assert (tmp_path / "zero3_nvme_offload" / "checkpoints" / "step_3" / "manifest.json").is_file()

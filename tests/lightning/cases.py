@@ -1,4 +1,4 @@
-"""What the ranks of a `group` run for the tests of lightning/train.py."""
+"""What the ranks of a `group` run for the tests of lightning/: its scripts, and others that go on from their runs."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from own_folder import own_folder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SCRIPT = ROOT / "lightning" / "train.py"
+SCRIPT = "lightning/train.py"
 
 
 @contextlib.contextmanager
@@ -26,19 +26,20 @@ def same_environment() -> Iterator[None]:
         os.environ.update(before)
 
 
-def train(arguments: list[str]) -> None:
-    """Run lightning/train.py as it stands, with these arguments, on this rank."""
-    sys.argv = [str(SCRIPT), *arguments]
-    with own_folder(SCRIPT), same_environment():
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+def train(arguments: list[str], script: str = SCRIPT) -> None:
+    """Run a script as it stands, with these arguments, on this rank."""
+    path = ROOT / script
+    sys.argv = [str(path), *arguments]
+    with own_folder(path), same_environment():
+        runpy.run_path(str(path), run_name="__main__")
 
 
-def ends(arguments: list[str]) -> tuple[int, str]:
+def ends(arguments: list[str], script: str = SCRIPT) -> tuple[int, str]:
     """The same for a run that must end with a message: its exit code, and what it wrote to stderr."""
     stderr, code = io.StringIO(), 0
     with contextlib.redirect_stderr(stderr):
         try:
-            train(arguments)
+            train(arguments, script)
         except SystemExit as ended:
             code = ended.code
     if dist.is_initialized():
@@ -46,7 +47,7 @@ def ends(arguments: list[str]) -> tuple[int, str]:
     return code, stderr.getvalue()
 
 
-def train_until(arguments: list[str], steps: int) -> None:
+def train_until(arguments: list[str], steps: int, script: str = SCRIPT) -> None:
     """Run it and tell it to stop when `steps` steps are done, as a signal would."""
     from common.run import Run
 
@@ -59,7 +60,7 @@ def train_until(arguments: list[str], steps: int) -> None:
 
     Run.log = log_and_stop
     try:
-        train(arguments)
+        train(arguments, script)
     finally:
         Run.log = log
 

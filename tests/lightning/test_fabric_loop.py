@@ -1,8 +1,6 @@
 """The loop under Fabric is the loop: equal to one process, whoever starts it; one checkpoint format for all."""
 
-import importlib.util
 import json
-import sys
 
 import pytest
 import torch
@@ -16,9 +14,8 @@ from equality import (
     read_rows,
     read_validation,
 )
-from launching import ROOT
 
-SCRIPT, CASES = "lightning/fabric_loop.py", "tests/ddp/cases.py"
+SCRIPT, CASES = "lightning/fabric_loop.py", "tests/lightning/cases.py"
 STEPS = 10
 BASE = [*SMALL, "--train.steps", str(STEPS)]
 FP64 = ["--train.precision", "fp64", "--batch.global_size", "48"]
@@ -29,17 +26,8 @@ def arguments(folder, name, *more):
 
 
 def train(group, world_size, folder, name, *more, script=SCRIPT):
-    group(world_size)(CASES, "train", script, arguments(folder, name, *more))
+    group(world_size)(CASES, "train", arguments(folder, name, *more), script)
     return folder / name
-
-
-@pytest.fixture(scope="module")
-def fabric_loop():
-    """lightning/fabric_loop.py as a module; imported by its path, because lightning/ is no package."""
-    spec = importlib.util.spec_from_file_location("fabric_loop", ROOT / SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # ---------------------------------------------------------------------------------------- against one process, exactly
@@ -79,11 +67,13 @@ def test_fp32_and_bf16(group, single_device, tmp_path):
     assert read_rows(low)[0]["loss"] != read_rows(one)[0]["loss"]  # or autocast was never on
 
 
-def test_why_fp64_is_not_fabrics_own(fabric_loop):
+def test_why_fp64_is_not_fabrics_own():
     """The comment beside PRECISION: "64-true" returns fp32, "32-true" leaves a double as it is."""
+    from lightning.fabric import Fabric
+    from lightning.fabric.plugins.environments import LightningEnvironment
+
     for precision, dtype in (("64-true", torch.float32), ("32-true", torch.float64)):
-        alone = fabric_loop.LightningEnvironment()
-        fabric = fabric_loop.Fabric(accelerator="cpu", devices=1, precision=precision, plugins=alone)
+        fabric = Fabric(accelerator="cpu", devices=1, precision=precision, plugins=LightningEnvironment())
         model = fabric.setup(torch.nn.Linear(2, 2).double())
         assert model(torch.ones(1, 2, dtype=torch.float64)).dtype == dtype
 
@@ -111,7 +101,7 @@ def test_resume_is_exact_and_between_scripts(group, tmp_path):
 
 
 def test_told_to_stop(group, tmp_path):
-    group(2)(CASES, "train_until", SCRIPT, arguments(tmp_path, "run"), 4)
+    group(2)(CASES, "train_until", arguments(tmp_path, "run"), 4, SCRIPT)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (record["status"], record["steps_done"]) == ("stopped", 4)
     assert (tmp_path / "run" / "checkpoints" / "step_4" / "manifest.json").is_file()
@@ -155,7 +145,7 @@ def test_srun(cluster, single_device):
     (["--network_profile", "token-ring"], ["token-ring"]),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_on_every_rank(group, tmp_path, more, words):
-    for code, text in group(2)(CASES, "ends", SCRIPT, [*SMALL, "--runs_dir", str(tmp_path), *more]):
+    for code, text in group(2)(CASES, "ends", [*SMALL, "--runs_dir", str(tmp_path), *more], SCRIPT):
         lines = [line for line in text.splitlines() if "error: " in line]
         assert code == 2 and len(lines) == 1 and "Traceback" not in text, text
         assert all(word in lines[0] for word in words), lines

@@ -7,7 +7,7 @@ import torch
 from equality import largest_difference, read_checkpoint, read_rows
 from PIL import Image
 
-CASES, VISION_CASES = "tests/ddp/cases.py", "tests/lightning/vision_cases.py"
+CASES, VISION_CASES = "tests/lightning/cases.py", "tests/lightning/vision_cases.py"
 SCRIPT, LOOP = "lightning/train_vision.py", "ddp/train_vision.py"
 SMALL = ["--model.name", "small_cnn", "--optimizer.warmup_steps", "3"]
 FP64 = ["--train.precision", "fp64", "--train.label_smoothing", "0.1", "--optimizer.clip", "1.0"]
@@ -16,7 +16,7 @@ FP64 = ["--train.precision", "fp64", "--train.label_smoothing", "0.1", "--optimi
 def train(group, world_size, folder, name, *more, script=SCRIPT):
     """Train small_cnn on `world_size` ranks; returns the run folder."""
     arguments = [*SMALL, "--runs_dir", str(folder), "--run_name", name, *more]
-    group(world_size)(CASES, "train", script, arguments)
+    group(world_size)(CASES, "train", arguments, script)
     return folder / name
 
 
@@ -156,7 +156,7 @@ def test_resnet50_under_lightnings_own_launcher(launch, tmp_path):
     (["--model.nrom", "group"], ["model.nrom", "did you mean model.norm"]),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_on_every_rank(group, tmp_path, more, words):
-    for code, text in group(2)(CASES, "ends", SCRIPT, [*SMALL, "--runs_dir", str(tmp_path), *more]):
+    for code, text in group(2)(CASES, "ends", [*SMALL, "--runs_dir", str(tmp_path), *more], SCRIPT):
         lines = [line for line in text.splitlines() if "error: " in line]
         assert code == 2 and len(lines) == 1 and "Traceback" not in text, text
         assert all(word in lines[0] for word in words), lines
@@ -165,7 +165,7 @@ def test_a_mistake_is_one_line_on_every_rank(group, tmp_path, more, words):
 def test_a_mistake_found_while_training_is_one_line_too(group, tmp_path):
     """A loss that is not a number is seen inside the Trainer, which passes the end on."""
     options = [*SMALL, "--runs_dir", str(tmp_path), "--optimizer.lr", "1e30", "--train.steps", "20"]
-    for code, text in group(2)(CASES, "ends", SCRIPT, options):
+    for code, text in group(2)(CASES, "ends", options, SCRIPT):
         lines = [line for line in text.splitlines() if "error: " in line]
         assert code == 2 and len(lines) == 1 and "Traceback" not in text, text
         assert "the loss is" in lines[0] and "optimizer.lr" in lines[0]
