@@ -84,6 +84,27 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def plot(result: dict[str, Any], path: Path) -> None:
+    """The step of each framework as a bar, one figure a model, with the least and the greatest round."""
+    from matplotlib.figure import Figure  # without pyplot: no window system is touched
+
+    sizes = list(dict.fromkeys(row["size"] for row in result["rows"]))
+    figure = Figure(figsize=(10, 3.4), dpi=140, layout="constrained")
+    for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
+        rows = [row for row in result["rows"] if row["size"] == size][::-1]  # the first one at the top
+        middle, low, high = ([row["step_seconds"][key] * 1000 for row in rows] for key in ("median", "min", "max"))
+        below = [m - x for m, x in zip(middle, low, strict=True)]
+        above = [x - m for m, x in zip(middle, high, strict=True)]
+        colors = ["#9aa5b1" if row["entry"] == "DDP" else "#1f6fb4" for row in rows]
+        axes.barh([row["entry"] for row in rows], middle, xerr=[below, above], color=colors, capsize=3)
+        for place, row in enumerate(rows):
+            if row["overhead"]:
+                axes.annotate(f" {row['overhead']['median'] * 100:+.0f} %", (high[place], place), va="center", fontsize=9)
+        axes.set(title=size, xlabel="time of a step, ms", xlim=(0, max(high) * 1.18))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
 def measure(options: argparse.Namespace, folder: Path) -> dict[tuple[str, str], list[Measured]]:
     """Run all entries in turn, `options.rounds` times; what each run measured, by size and entry."""
     found: dict[tuple[str, str], list[Measured]] = {(s, e): [] for s in options.sizes for e in options.entries}
@@ -121,7 +142,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60, help="in each run (default 60)")
     parser.add_argument("--warmup", type=int, default=10, help="first steps that do not count (default 10)")
     parser.add_argument("--threads", type=int, help="OMP_NUM_THREADS; default: cores / ranks")
-    parser.add_argument("--output", type=Path, help="also write the result as JSON")
+    parser.add_argument("--output", type=Path, help="also write the result as JSON, and a picture of it beside")
     at = words.index("--") if "--" in words else len(words)
     options = parser.parse_args(words[:at], argparse.Namespace(settings=words[at + 1 :]))
     if min(options.ranks, options.rounds) < 1 or options.steps <= options.warmup:
@@ -172,6 +193,7 @@ def main() -> None:
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        plot(result, options.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

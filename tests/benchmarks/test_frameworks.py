@@ -28,6 +28,7 @@ def test_a_short_measurement(tmp_path):
         assert row["overhead"]["median"] == pytest.approx(ratio - 1)
     assert {"torch", "deepspeed", "lightning"} <= result["versions"].keys()
     assert frameworks.table(result) in printed
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(("options", "words"), [

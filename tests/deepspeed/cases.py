@@ -2,7 +2,10 @@
 
 import importlib.util
 import sys
+from collections import Counter
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 spec = importlib.util.spec_from_file_location("ddp_cases", ROOT / "tests" / "ddp" / "cases.py")
@@ -39,4 +42,35 @@ def ends(script: str, arguments: list[str]) -> tuple[int, str]:
     return ddp.ends(script, arguments)
 
 
-train.joins_itself = train_until.joins_itself = ends.joins_itself = True
+def sent(script: str, arguments: list[str]) -> list[dict[str, int]]:
+    """Run a script, and count by step how many numbers go through each kind of collective (its largest tensor)."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    from common.run import Run
+
+    steps, now, log = [], Counter(), Run.log
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "c10d":
+                given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+                whole = max((x.numel() for x in given), default=0)
+                now[function._schema.name.removeprefix("c10d::").strip("_")] += whole
+            return function(*args, **(kwargs or {}))
+
+    def log_and_cut(self, *rest):
+        steps.append(dict(now))
+        now.clear()
+        log(self, *rest)
+
+    Run.log = log_and_cut
+    try:
+        with Counting():
+            train(script, arguments)
+    finally:
+        Run.log = log
+    return steps
+
+
+train.joins_itself = sent.joins_itself = train_until.joins_itself = ends.joins_itself = True
