@@ -99,7 +99,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.barh([row["entry"] for row in rows], middle, xerr=[below, above], color=colors, capsize=3)
         for place, row in enumerate(rows):
             if row["overhead"]:
-                axes.annotate(f" {row['overhead']['median'] * 100:+.0f} %", (high[place], place), va="center", fontsize=9)
+                axes.annotate(
+                    f" {row['overhead']['median'] * 100:+.0f} %", (high[place], place), va="center", fontsize=9
+                )
         axes.set(title=size, xlabel="time of a step, ms", xlim=(0, max(high) * 1.18))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

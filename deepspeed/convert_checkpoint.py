@@ -41,6 +41,7 @@ from deepspeed.checkpoint.constants import (
 )
 from deepspeed.utils import safe_get_full_fp32_param
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from settings import take_place
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
@@ -142,6 +143,7 @@ def load_universal(engine: Any, source: Path) -> None:
 def build(config: SaveConfig, ranks: Ranks, universal: bool) -> tuple[Any, Loader]:
     """The engine and the data as deepspeed/train.py makes them."""
     deepspeed.init_distributed(verbose=False)  # takes the process group that is there
+    take_place(ranks)
     train_set, _ = text_datasets(config.data, config.model.vocabulary)
     plan = BatchPlan(config.batch, len(train_set), config.seed, ranks.rank, ranks.world_size)
     settings = {

@@ -38,6 +38,7 @@ def engine_config(config: DeepSpeedConfig, plan: BatchPlan, ranks: Ranks) -> dic
         SystemExit: (exit code 2) the file is missing, is no JSON object, has a key that DeepSpeed does not know, or
             contradicts the settings; the precision cannot be had; off-load to NVMe, and what that needs is missing.
     """
+    take_place(ranks)
     path, precision = Path(config.deepspeed_config), config.train.precision
     settings = read(path)
     if precision == "fp64":
@@ -69,6 +70,13 @@ def engine_config(config: DeepSpeedConfig, plan: BatchPlan, ranks: Ranks) -> dic
         elif name in section and section[name] != value and name != "nvme_path":
             fail(f'{path}: {key} = {section[name]}, but the settings give {value}; write "auto" there, and set it here')
     return settings
+
+
+def take_place(ranks: Ranks) -> None:
+    """Tell DeepSpeed this rank's device: it takes LOCAL_RANK for the number of the GPU, also where a task sees its own
+    GPU alone, and ends with a KeyError where plain python has set none."""
+    index = ranks.device.index if ranks.device.type == "cuda" else ranks.local_rank
+    os.environ["LOCAL_RANK"] = str(index)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def questions(first: int, count: int) -> dict:
 
 @pytest.fixture(scope="module", autouse=True)
 def new_ranks(group):
-    """Ranks in which no other script had its turn: after DeepSpeed's stage 3 in a process, `transformers` may leave what
+    """Ranks that no other script used: after DeepSpeed's stage 3 in a process, `transformers` may leave what
     a checkpoint does not hold, the rotary embedding's frequencies, as they were found in memory."""
     group.stop()
 

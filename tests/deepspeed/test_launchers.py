@@ -30,6 +30,12 @@ def test_torchrun_compiles_nothing(launch, one, tmp_path):
     assert_same_rows(one, only_run(tmp_path / "runs"), 1e-5)
 
 
+def test_plain_python(launch, one, tmp_path):
+    """One process, which nobody has given a rank; stage 3, whose parameters are born in parts."""
+    launch(SCRIPT, *QUICK, "--deepspeed_config", "deepspeed/configs/zero3.json", nproc=0)
+    assert_same_rows(one, only_run(tmp_path / "runs"), 1e-5)
+
+
 def test_the_launcher_of_deepspeed(one, tmp_path):
     """It says ranks by variables, adds --local_rank, and wants a port that is free."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus=2", f"--master_port={free_port()}"]
