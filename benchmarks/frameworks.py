@@ -102,7 +102,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
                 axes.annotate(
                     f" {row['overhead']['median'] * 100:+.0f} %", (high[place], place), va="center", fontsize=9
                 )
-        axes.set(title=size, xlabel="time of a step, ms", xlim=(0, max(high) * 1.18))
+        axes.set(title=size, xlabel="time of a step, ms", xlim=(0, max(high) * 1.28))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
