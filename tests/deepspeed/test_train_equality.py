@@ -129,6 +129,30 @@ def test_bytes_per_rank(launch, tmp_path, ranks, stage):
     }
 
 
+@pytest.mark.parametrize(("config", "zero", "expected"), [
+    ("zero0", {}, {"allreduce": (1, 1)}),
+    ("zero1", {}, {"allreduce": (1, 1), "allgather_base": (1, 1)}),
+    ("zero2", {}, {"allreduce": (1, 2), "allgather_base": (1, 1)}),
+    ("zero3", {}, {"reduce_scatter_base": (1, 2), "allgather_base": (1, 2)}),
+    # As for a model of more parameters than may stay whole: gathered for the forward, and for the backward again.
+    ("zero3", {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0},
+     {"reduce_scatter_base": (1, 2), "allgather_base": (2, 4)}),
+], ids=["0", "1", "2", "3", "3-large"])  # fmt: skip
+def test_what_a_step_sends(group, tmp_path, config, zero, expected):
+    """How often all parameters (or gradients) go through a collective, with one micro-batch and with two."""
+    settings = json.loads((ROOT / "deepspeed" / "configs" / f"{config}.json").read_text())
+    settings["zero_optimization"] |= zero
+    (tmp_path / "zero.json").write_text(json.dumps(settings))
+    more = ["--deepspeed_config", str(tmp_path / "zero.json"), "--train.steps", "3", "--train.check_replicas_every", "0"]
+    for accumulation in (1, 2):
+        options = [*more, *accumulate(2, accumulation), "--run_name", f"accumulation-{accumulation}"]
+        for steps in group(2)(CASES, "sent", SCRIPT, arguments(tmp_path, config, *options)):
+            found = {kind: count for kind, count in steps[2].items() if count > 100}  # not norm, loss, stop flag
+            assert found.keys() == expected.keys()
+            for kind, times in expected.items():
+                assert 0 <= found[kind] - times[accumulation - 1] * WHOLE <= 100, (kind, found[kind] / WHOLE)
+
+
 # ------------------------------------------------------------------------------------------------------ resume
 
 
