@@ -143,7 +143,14 @@ def test_what_a_step_sends(group, tmp_path, config, zero, expected):
     settings = json.loads((ROOT / "deepspeed" / "configs" / f"{config}.json").read_text())
     settings["zero_optimization"] |= zero
     (tmp_path / "zero.json").write_text(json.dumps(settings))
-    more = ["--deepspeed_config", str(tmp_path / "zero.json"), "--train.steps", "3", "--train.check_replicas_every", "0"]
+    more = [
+        "--train.steps",
+        "3",
+        "--train.check_replicas_every",
+        "0",
+        "--deepspeed_config",
+        str(tmp_path / "zero.json"),
+    ]
     for accumulation in (1, 2):
         options = [*more, *accumulate(2, accumulation), "--run_name", f"accumulation-{accumulation}"]
         for steps in group(2)(CASES, "sent", SCRIPT, arguments(tmp_path, config, *options)):
