@@ -142,15 +142,9 @@ def test_what_a_step_sends(group, tmp_path, config, zero, expected):
     """How often all parameters (or gradients) go through a collective, with one micro-batch and with two."""
     settings = json.loads((ROOT / "deepspeed" / "configs" / f"{config}.json").read_text())
     settings["zero_optimization"] |= zero
-    (tmp_path / "zero.json").write_text(json.dumps(settings))
-    more = [
-        "--train.steps",
-        "3",
-        "--train.check_replicas_every",
-        "0",
-        "--deepspeed_config",
-        str(tmp_path / "zero.json"),
-    ]
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps(settings))
+    more = ["--train.steps", "3", "--train.check_replicas_every", "0", "--deepspeed_config", str(file)]
     for accumulation in (1, 2):
         options = [*more, *accumulate(2, accumulation), "--run_name", f"accumulation-{accumulation}"]
         for steps in group(2)(CASES, "sent", SCRIPT, arguments(tmp_path, config, *options)):
