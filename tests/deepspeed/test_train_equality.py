@@ -200,14 +200,18 @@ def test_compiled_optimizer(launch, single_device, tmp_path, config):
     file = tmp_path / "compiled.json"
     file.write_text(json.dumps(settings))
     given = [*arguments(tmp_path, config), "--deepspeed_config", file]
-    assert "Loading extension module cpu_adam" in launch(SCRIPT, *given, "--train.steps", "1", timeout=400).stdout
-    launch(SCRIPT, *given, "--resume", "auto")  # from the first step on
+    launch(SCRIPT, *given, "--train.steps", "1", timeout=400)
+    launch(SCRIPT, *given)  # goes on from the first step
     one, many = single_device(*BASE), tmp_path / "many"
-    assert_same_rows(one, many, 1e-5)
+    for a, b in zip(read_rows(one), read_rows(many), strict=True):  # many was also evaluated after one step
+        assert abs(a["loss"] - b["loss"]) <= 1e-5 and abs(a["grad_norm"] - b["grad_norm"]) <= 1e-4
     assert largest_difference(read_checkpoint(one, STEPS), read_checkpoint(many, STEPS), "model.") <= 1e-4
     assert steps_of_the_optimizer(many, STEPS) == {STEPS}
+    # It was theirs: nothing else could be built, and without a compiler there is none.
     refused = launch(SCRIPT, *given, "--run_name", "sgd", "--optimizer.name", "sgd", check=False)
     assert "DeepSpeed has AdamW alone for the CPU" in refused.stderr
+    nowhere = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "empty"), "CXX": "/bin/false"}
+    assert launch(SCRIPT, *given, "--run_name", "none", check=False, env=nowhere).returncode != 0
 
 
 # ------------------------------------------------------------------------------------------------ configurations
