@@ -94,7 +94,7 @@ def test_launcher_and_settings_contradict(settings, monkeypatch, capsys, environ
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as ended:
-        settings.read_launch(SimpleNamespace(device="auto", devices=devices), strategy)
+        settings.read_launch(SimpleNamespace(device="auto", devices=devices, network_profile="default"), strategy)
     assert ended.value.code == 2
     assert words in capsys.readouterr().err
 
@@ -112,7 +112,7 @@ def test_launcher_and_settings_contradict(settings, monkeypatch, capsys, environ
 def test_launchers_are_understood(settings, monkeypatch, environment, devices, expected):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert settings.read_launch(SimpleNamespace(device="auto", devices=devices), "ddp") == expected
+    assert settings.read_launch(SimpleNamespace(device="auto", devices=devices, network_profile="default"), "ddp") == expected
 
 
 @pytest.mark.parametrize(("arguments", "strategy"), [
