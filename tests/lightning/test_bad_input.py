@@ -112,7 +112,8 @@ def test_launcher_and_settings_contradict(settings, monkeypatch, capsys, environ
 def test_launchers_are_understood(settings, monkeypatch, environment, devices, expected):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert settings.read_launch(SimpleNamespace(device="auto", devices=devices, network_profile="default"), "ddp") == expected
+    config = SimpleNamespace(device="auto", devices=devices, network_profile="default")
+    assert settings.read_launch(config, "ddp") == expected
 
 
 @pytest.mark.parametrize(("arguments", "strategy"), [
