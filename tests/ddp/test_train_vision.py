@@ -1,10 +1,8 @@
 """DDP on images: equal to one process, with BatchNorm too once it is told which images go together."""
 
 import copy
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from launching import ROOT
 from common.config import Config, parse, to_dict
 from common.data import ImageConfig, image_datasets
 from common.data_sharding import BatchConfig, BatchPlan
+from common.vision import VisionConfig, VisionModel, build_model
 
 SCRIPT, CASES, VISION_CASES = "ddp/train_vision.py", "tests/ddp/cases.py", "tests/ddp/vision_cases.py"
 SMALL = ["--model.name", "small_cnn"]
@@ -28,15 +27,6 @@ def train(group, world_size, folder, name, *more):
     arguments = [*SMALL, "--runs_dir", str(folder), "--run_name", name, *more]
     group(world_size)(CASES, "train", SCRIPT, arguments)
     return folder / name
-
-
-def load_script():
-    """ddp/train_vision.py as a module; imported by its path, because ddp/ is no package."""
-    if "train_vision" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("train_vision", ROOT / SCRIPT)
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules["train_vision"]
 
 
 def rows_of(run):
@@ -56,8 +46,7 @@ def one_process(norm, ranks=1, accumulation=1):
     Returns:
         (losses, gradient norms, gradients of the first step by name, state of the model after the last step).
     """
-    vision = load_script()
-    model = vision.build_model(vision.VisionModel("small_cnn", norm), 1, 8, 10, SEED).double()
+    model = build_model(VisionModel("small_cnn", norm), 1, 8, 10, SEED).double()
     dataset = image_datasets(ImageConfig())[0]
     order = BatchPlan(BatchConfig(GLOBAL), len(dataset), SEED)
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -210,18 +199,17 @@ def test_the_default_under_torchrun(launch, tmp_path):
 
 def test_networks():
     """Shapes and starts: stems by image size, each residual block the identity at first, equal seeds equal weights."""
-    vision = load_script()
-    large = vision.build_model(vision.VisionModel("resnet50"), 3, 224, 1000, SEED)
+    large = build_model(VisionModel("resnet50"), 3, 224, 1000, SEED)
     assert sum(p.numel() for p in large.parameters()) == 25_557_032  # as torchvision's documentation says
     assert large.conv1.weight.shape == (64, 3, 7, 7) and isinstance(large.maxpool, torch.nn.MaxPool2d)
-    grey = vision.build_model(vision.VisionModel("resnet18"), 1, 96, 10, SEED)
+    grey = build_model(VisionModel("resnet18"), 1, 96, 10, SEED)
     assert grey.conv1.weight.shape == (64, 1, 7, 7) and isinstance(grey.maxpool, torch.nn.MaxPool2d)
-    small = vision.build_model(vision.VisionModel("resnet18", "group"), 3, 64, 200, SEED)
+    small = build_model(VisionModel("resnet18", "group"), 3, 64, 200, SEED)
     assert small.conv1.weight.shape == (64, 3, 3, 3) and isinstance(small.maxpool, torch.nn.Identity)
     assert not list(small.buffers())  # GroupNorm keeps no statistics
     block, image = small.layer1[0], torch.rand(2, 64, 8, 8)
     assert torch.equal(block(image), image)
-    again = vision.build_model(vision.VisionModel("resnet18", "group"), 3, 64, 200, SEED)
+    again = build_model(VisionModel("resnet18", "group"), 3, 64, 200, SEED)
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters(), strict=True))
 
 
@@ -252,7 +240,7 @@ def test_a_mistake_is_one_line_on_every_rank(group, tmp_path, arguments, words):
 
 def read_config(path):
     """A config as its script reads it."""
-    kind = Config if path.stem in ("tiny", "gpt_124m") else load_script().VisionConfig
+    kind = Config if path.stem in ("tiny", "gpt_124m") else VisionConfig
     return kind, parse(kind, ["--config", str(path)])
 
 

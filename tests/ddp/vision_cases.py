@@ -13,6 +13,7 @@ from common import checkpoint
 from common.config import parse
 from common.data import ImageConfig, image_datasets
 from common.ranks import join
+from common.vision import VisionModel, build_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -28,7 +29,7 @@ def load_script():
 def evaluate_checkpoint(path: str, batch_size: int) -> tuple[float, float]:
     """Loss and accuracy of a small_cnn from a checkpoint, by as many ranks as there are."""
     vision, ranks = load_script(), join("cpu")
-    model = vision.build_model(vision.VisionModel("small_cnn"), 1, 8, 10, seed=0)
+    model = build_model(VisionModel("small_cnn"), 1, 8, 10, seed=0)
     checkpoint.load(Path(path), model, None, ranks)
     result = vision.evaluate(model, image_datasets(ImageConfig())[1], batch_size, ranks)
     assert model.training

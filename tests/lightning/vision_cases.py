@@ -53,7 +53,7 @@ def counted(arguments: list[str]) -> dict[str, int]:
                 super().on_train_batch_end(trainer, module, outputs, batch, batch_index)
 
         vision.Record = Counting
-        vision.main(vision.parse(vision.VisionConfig, arguments))
+        vision.main(vision.parse(vision.LightningVisionConfig, arguments))
     os.environ.clear()
     os.environ.update(before)
     return dict(counts)
@@ -72,7 +72,7 @@ def terminated(arguments: list[str], step: int) -> bool:
     try:
         with own_folder(SCRIPT):
             vision = load_script()
-            vision.main(vision.parse(vision.VisionConfig, arguments))
+            vision.main(vision.parse(vision.LightningVisionConfig, arguments))
     finally:
         Run.log = log
         os.environ.clear()
