@@ -210,6 +210,36 @@ def load_tokenizer(folder: str | None) -> Any:
     return tokenizer
 
 
+def load_shape(folder: str | None, sequence_length: int) -> Any:
+    """The `transformers` configuration of a local model's folder; without one, that of a tiny Llama over bytes.
+
+    Raises:
+        SystemExit: (exit code 2) no such folder, no config.json, no safetensors, or sequences too long for the model.
+    """
+    transformers = require("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    if folder is None:
+        return transformers.LlamaConfig(
+            vocab_size=257, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, eos_token_id=256,
+            bos_token_id=None, pad_token_id=None,
+        )  # fmt: skip
+    place, weights = Path(folder), ("model.safetensors", "model.safetensors.index.json")
+    if not (place / "config.json").is_file():
+        fail(f"model_path = {folder}: no config.json there; expected a model's folder in the Hugging Face format")
+    if not any((place / name).is_file() for name in weights):
+        fail(f"model_path = {folder}: neither {' nor '.join(weights)} there; other kinds of weights may run code")
+    try:
+        shape = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a damaged file makes the library raise
+        fail(f"model_path = {folder}: config.json cannot be used ({error}); fetch it again")
+    longest = getattr(shape.get_text_config(), "max_position_embeddings", None)
+    if longest and sequence_length > longest:
+        found = f"data.sequence_length = {sequence_length}, but {folder} takes {longest} tokens"
+        fail(f"{found}; lower it to {longest} or less")
+    return shape
+
+
 def tokens_of(tokenizer: Any, text: str) -> list[int]:
     """A piece of a sequence as token ids, without beginning and end marks."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []

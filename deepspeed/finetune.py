@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from finetune_settings import FinetuneConfig, commit, draw_model, last_checkpoint, model_config, read_model
+from finetune_settings import FinetuneConfig, commit, draw_model, last_checkpoint, read_model
 from settings import engine_config, keep_norm
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -27,6 +27,7 @@ from common.question_answering import (
     Question,
     QuestionDataset,
     left_padded,
+    load_shape,
     load_tokenizer,
     most_frequent_answer,
     prompt_of,
@@ -45,7 +46,7 @@ def main(config: FinetuneConfig) -> None:
     ranks = join(config.device, config.timeout_s, config.network_profile)
 
     # ---- data: prompt and answer are one sequence, and only the answer's tokens are targets
-    shape, tokenizer = model_config(config), load_tokenizer(config.model_path)
+    shape, tokenizer = load_shape(config.model_path, config.data.sequence_length), load_tokenizer(config.model_path)
     questions, validation_questions = question_sets(config.data)
     length = config.data.sequence_length
     train_set = QuestionDataset(questions, tokenizer, length, keep_answer=True)

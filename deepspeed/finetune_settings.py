@@ -63,36 +63,6 @@ class FinetuneConfig(RunConfig):
 # ------------------------------------------------------------------------------------------------------- the model
 
 
-def model_config(config: FinetuneConfig) -> Any:
-    """The `transformers` configuration of the model to train: the folder's, or that of a tiny Llama.
-
-    Raises:
-        SystemExit: (exit code 2) no such folder, no config.json, no safetensors, or sequences too long for the model.
-    """
-    transformers = require("transformers")
-    transformers.utils.logging.disable_progress_bar()
-    if config.model_path is None:
-        return transformers.LlamaConfig(
-            vocab_size=257, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, eos_token_id=256,
-            bos_token_id=None, pad_token_id=None,
-        )  # fmt: skip
-    folder, weights = Path(config.model_path), ("model.safetensors", "model.safetensors.index.json")
-    if not (folder / "config.json").is_file():
-        fail(f"model_path = {folder}: no config.json there; expected a model's folder in the Hugging Face format")
-    if not any((folder / name).is_file() for name in weights):
-        fail(f"model_path = {folder}: neither {' nor '.join(weights)} there; other kinds of weights may run code")
-    try:
-        found = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever a damaged file makes the library raise
-        fail(f"model_path = {folder}: config.json cannot be used ({error}); fetch it again")
-    longest = getattr(found.get_text_config(), "max_position_embeddings", None)
-    if longest and config.data.sequence_length > longest:
-        length = config.data.sequence_length
-        fail(f"data.sequence_length = {length}, but {folder} takes {longest} tokens; lower it to {longest} or less")
-    return found
-
-
 def draw_model(config: FinetuneConfig, shape: Any) -> nn.Module:
     """A causal language model with random weights in fp32. Call it before Trainer's arguments exist: see `read_model`.
 

@@ -20,7 +20,6 @@ from finetune_settings import (
     describe_trained,
     export,
     fail_together,
-    model_config,
 )
 from settings import describe, mesh_and_settings, set_prefetch
 from torch import Tensor, nn
@@ -37,6 +36,7 @@ from common.question_answering import (
     Question,
     QuestionDataset,
     left_padded,
+    load_shape,
     load_tokenizer,
     most_frequent_answer,
     prompt_of,
@@ -53,7 +53,7 @@ def main(config: FinetuneConfig) -> None:
     ranks = join(config.device, config.timeout_s, config.network_profile)
 
     # ---- data: prompt and answer are one sequence, and only the answer's tokens are targets
-    shape, tokenizer = model_config(config), load_tokenizer(config.model_path)
+    shape, tokenizer = load_shape(config.model_path, config.data.sequence_length), load_tokenizer(config.model_path)
     questions, validation_questions = question_sets(config.data)
     length = config.data.sequence_length
     train_set = QuestionDataset(questions, tokenizer, length, keep_answer=True)

@@ -64,36 +64,6 @@ class FinetuneConfig(RunConfig):
     """Write the model, or its adapters, to exported/ in the run folder when all steps are done."""
 
 
-def model_config(config: FinetuneConfig) -> Any:
-    """The `transformers` configuration of the model to train.
-
-    Raises:
-        SystemExit: (exit code 2) no such folder, no config.json, no safetensors, or sequences too long for the model.
-    """
-    transformers = require("transformers")
-    transformers.utils.logging.disable_progress_bar()
-    if config.model_path is None:
-        return transformers.LlamaConfig(
-            vocab_size=257, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, eos_token_id=256,
-            bos_token_id=None, pad_token_id=None,
-        )  # fmt: skip
-    folder, weights = Path(config.model_path), ("model.safetensors", "model.safetensors.index.json")
-    if not (folder / "config.json").is_file():
-        fail(f"model_path = {folder}: no config.json there; expected a model's folder in the Hugging Face format")
-    if not any((folder / name).is_file() for name in weights):
-        fail(f"model_path = {folder}: neither {' nor '.join(weights)} there; other kinds of weights may run code")
-    try:
-        found = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever a damaged file makes the library raise
-        fail(f"model_path = {folder}: config.json cannot be used ({error}); fetch it again")
-    longest = getattr(found.get_text_config(), "max_position_embeddings", None)
-    if longest and config.data.sequence_length > longest:
-        length = config.data.sequence_length
-        fail(f"data.sequence_length = {length}, but {folder} takes {longest} tokens; lower it to {longest} or less")
-    return found
-
-
 def build_model(config: FinetuneConfig, shape: Any, read: bool) -> nn.Module:
     """The causal language model, with adapters if asked for; its weights read or drawn, if `read`.
 
