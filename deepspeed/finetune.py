@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from finetune_settings import FinetuneConfig, commit, draw_model, last_checkpoint, read_model
-from settings import engine_config, keep_norm
+from settings import engine_config, keep_norm, take_place
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -155,11 +155,10 @@ def tell_accelerate(ranks: Ranks, with_deepspeed: bool) -> None:
     none. Then losses are multiplied, and tokens counted, for one rank.
     """
     os.environ["ACCELERATE_TORCH_DEVICE"] = str(ranks.device)
-    if ranks.device.type == "cuda" and (ranks.world_size > 1 or with_deepspeed):
-        os.environ["LOCAL_RANK"] = str(ranks.device.index)
+    if ranks.world_size > 1:
+        take_place(ranks)
     if with_deepspeed:
-        place = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": ranks.local_rank}
-        for name, value in place.items():
+        for name, value in {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size}.items():
             os.environ.setdefault(name, str(value))  # under plain python there are none
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         require("accelerate").PartialState(backend="nccl" if ranks.device.type == "cuda" else "gloo")
