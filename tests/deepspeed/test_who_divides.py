@@ -25,7 +25,8 @@ def test_divisors(launch, ranks, accumulation):
     }
 
 
-@pytest.mark.parametrize("accumulation", ["2", pytest.param("0", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", ["2", "0"])
 def test_what_could_not_be_told_apart(launch, accumulation):
     result = launch(SCRIPT, "--accumulation", accumulation, check=False)
     assert result.returncode != 0

@@ -41,9 +41,9 @@ def test_fp64_is_the_proof(group, single_device, tmp_path, ranks, schedule):
 
 @pytest.mark.parametrize("options", [
     ["--schedule", "gpipe", *micro_batches(1)],  # nothing overlaps, and all is right
-    ["--schedule", "1f1b", *micro_batches(16)],
+    pytest.param(["--schedule", "1f1b", *micro_batches(16)], marks=pytest.mark.slow),
     ["--schedule", "interleaved", "--stages_per_rank", "4", *micro_batches(4)],
-    ["--schedule", "zero_bubble", "--stages_per_rank", "1", *micro_batches(8)],
+    pytest.param(["--schedule", "zero_bubble", "--stages_per_rank", "1", *micro_batches(8)], marks=pytest.mark.slow),
     ["--schedule", "1f1b", "--train.activation_checkpointing", "true", *micro_batches(4)],
     ["--schedule", "1f1b", "--model.experts", "4", *micro_batches(4)],
     pytest.param(["--schedule", "zero_bubble", "--train.activation_checkpointing", "true", *micro_batches(4)],
