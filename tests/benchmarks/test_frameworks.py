@@ -15,7 +15,7 @@ FRAMEWORKS = [sys.executable, "benchmarks/frameworks.py"]
 @pytest.mark.timeout(280)
 def test_a_short_measurement(tmp_path):
     """Every row has its own runs: more than DDP's time for one, and an overhead against DDP for all others."""
-    entries = ["Lightning, DDP"]
+    entries = ["DeepSpeed, stage 0", "Lightning, DDP"]
     options = ["--sizes", "mini", "--rounds", "1", "--steps", "8", "--warmup", "3", "--entries", *entries]
     output = tmp_path / "result.json"
     printed = run_command([*FRAMEWORKS, *options, "--output", str(output)], 270, DEVICE="cpu").stdout
@@ -26,7 +26,7 @@ def test_a_short_measurement(tmp_path):
     for row in others:
         ratio = row["step_seconds"]["median"] / base["step_seconds"]["median"]
         assert row["overhead"]["median"] == pytest.approx(ratio - 1)
-    assert {"torch", "lightning"} <= result["versions"].keys()
+    assert {"torch", "deepspeed", "lightning"} <= result["versions"].keys()
     assert frameworks.table(result) in printed
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
