@@ -8,6 +8,7 @@ handwritten digits. Both come with packages that are installed anyway.
 
 import hashlib
 import json
+import os
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -91,7 +92,10 @@ def standard_library_files() -> list[Path]:
         "ensurepip",
         "pydoc_data",
     }
-    files = (path for path in root.rglob("*.py") if not skip & set(path.relative_to(root).parts))
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = set(folders) - skip  # not entered: site-packages may hold tens of thousands of files
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 

@@ -48,8 +48,9 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/none
 CredType=cred/none
-# A requeued job waits until its old credential has expired: 120 s by default.
-AuthInfo=cred_expire=5
+# A requeued job waits until its old credential has expired: 120 s by default. Shorter than a launch on a busy machine
+# may take, and tasks are refused.
+AuthInfo=cred_expire=20
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -352,7 +353,8 @@ class Cluster:
         number = node.name.removeprefix("node")
         node.start()
         cable = f"cable{number}"
-        self.login.setup(*f"ip link add {cable} type veth peer name eth0 netns {node.pid}".split())
+        card = f"eth0 address 02:00:00:00:00:{int(number):02x}"  # which stays when the node is booted again
+        self.login.setup(*f"ip link add {cable} type veth peer name {card} netns {node.pid}".split())
         self.login.setup(*f"ip link set {cable} master switch up".split())
         node.setup(*f"ip addr add {NETWORK}.{number}/24 dev eth0".split())
         node.setup("ip", "link", "set", "eth0", "up")

@@ -1,7 +1,9 @@
 """Check README commands without running them: shell syntax, files, options, values of our own settings."""
 
+import multiprocessing
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -9,12 +11,12 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-import processes
 import slurm_options
 from docs_markdown import DocsError
 from readme_commands import Block, environment, logical_lines
 
 LAUNCHERS = {"mpirun", "mpiexec", "horovodrun", "deepspeed", "accelerate", "nsys", "py-spy"}
+WARM = multiprocessing.get_context("forkserver")
 PREFIXES = {"time", "exec", "nohup", "do", "then", "else", "if", "while", "!"}
 
 
@@ -207,25 +209,56 @@ def _python_problem(root: Path, path: Path, arguments: tuple[str, ...]) -> str |
     reads_config = re.search(r"^\s*from common\.config import .*\bparse\b|\bconfig\.parse\(", code, re.MULTILINE)
     if not reads_config and "argparse" not in code:
         return f"it takes no arguments, found {arguments[0]}" if arguments else None
-    relative = path.relative_to(root)
-    command = [sys.executable, str(relative)]
-    if (root / relative.parts[0] / "__init__.py").exists():
-        command = [sys.executable, "-m", ".".join(relative.with_suffix("").parts).removesuffix(".__main__")]
-    with tempfile.TemporaryDirectory() as folder:
-        surroundings = environment(folder)
-        surroundings["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-        if reads_config:
-            finished = processes.run([*command, *arguments, "--print_config"], 120, root, surroundings)
-            last = finished.output.strip().splitlines()[-1:] or ["it failed without a word"]
-            if "unrecognized arguments: --print_config" not in last[0]:  # else: a sub-command with flags of its own
-                return None if finished.exit_code == 0 else last[0]
-        words = [word for word in arguments if not word.startswith("-")]
-        finished = processes.run([*command, "--help"], 120, root, surroundings)
-        if "{" in finished.output.split("\n\n")[0] and words:  # sub-commands have a help of their own
-            finished = processes.run([*command, words[0], "--help"], 120, root, surroundings)
-    if finished.exit_code != 0:
-        return (finished.output.strip().splitlines() or ["--help failed"])[-1]
+    if reads_config:
+        exit_code, output = _ask(root, path, (*arguments, "--print_config"))
+        last = output.strip().splitlines()[-1:] or ["it failed without a word"]
+        if "unrecognized arguments: --print_config" not in last[0]:  # else: a sub-command with flags of its own
+            return None if exit_code == 0 else last[0]
+    words = [word for word in arguments if not word.startswith("-")]
+    exit_code, output = _ask(root, path, ("--help",))
+    if "{" in output.split("\n\n")[0] and words:  # sub-commands have a help of their own
+        exit_code, output = _ask(root, path, (words[0], "--help"))
+    if exit_code != 0:
+        return (output.strip().splitlines() or ["--help failed"])[-1]
     for flag in (word.split("=")[0] for word in arguments if word.startswith("--")):
-        if not re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", finished.output):
+        if not re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", output):
             return f"there is no option {flag}"
     return None
+
+
+@cache
+def _ask(root: Path, path: Path, arguments: tuple[str, ...]) -> tuple[int | None, str]:
+    """Run a program of ours on arguments that make it speak and end: its exit code, and all that it has written.
+
+    It runs in a copy of a process that has imported torch already, which takes most of the time of a fresh one.
+    """
+    WARM.set_forkserver_preload(["torch._dynamo", "torch.distributed.checkpoint", "common.config"])
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output"
+        output.touch()
+        process = WARM.Process(target=_become, args=(root, path, arguments, environment(folder), output))
+        process.start()
+        process.join(120)
+        process.kill()
+        process.join()
+        return process.exitcode, output.read_text(errors="replace")
+
+
+def _become(
+    root: Path, path: Path, arguments: tuple[str, ...], surroundings: dict[str, str], output: Path
+) -> None:
+    """Turn this process into `python path arguments`, or `python -m` for a module of a package."""
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(surroundings)
+    os.chdir(root)
+    sys.argv = [str(path.relative_to(root)), *arguments]
+    if (root / path.relative_to(root).parts[0] / "__init__.py").exists():
+        sys.path[:0] = [str(root)]
+        module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__main__")
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        sys.path[:0] = [str(path.parent), str(root)]
+        runpy.run_path(str(path), run_name="__main__")

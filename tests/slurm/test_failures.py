@@ -54,7 +54,7 @@ def test_killed_node_requeued_resumed(cluster, undisturbed):
         cluster.wait_for(job, "PENDING", timeout=60)  # Slurm has noticed, and requeued the job
     finally:
         cluster("start-node", "2")
-    text = cluster.completed(job, timeout=180)
+    text = cluster.completed(job, timeout=240)
     assert cluster.show(job)["Restarts"] == "1"
     assert "resumed from" in text
     assert_equal_runs(cluster.run_folder(job), undisturbed)
@@ -64,7 +64,7 @@ def test_killed_node_requeued_resumed(cluster, undisturbed):
 def test_signal_before_the_time_limit(cluster, undisturbed):
     """A limit of one minute, with the signal 40 s before it: the run needs several attempts."""
     job = cluster.submit("--time=1", "--signal=B:USR1@40", *TRAINING)
-    text = cluster.completed(job, timeout=240)
+    text = cluster.completed(job, timeout=360)
     restarts = int(cluster.show(job)["Restarts"])
     assert restarts >= 1, "the training ended before Slurm sent its signal"
     assert text.count("SIGUSR1: the ranks are asked to save and stop") == restarts
