@@ -51,7 +51,7 @@ def test_fp64_is_the_proof(group, single_device, tmp_path, ranks, accumulation, 
 def test_on_a_mesh(group, single_device, tmp_path, options):
     model = [word for key, value in zip(options[::2], options[1::2], strict=True) if key.startswith("--model")
              for word in (key, value)]  # fmt: skip
-    options = [*options, "--batch.micro_size", "6"]
+    options = [*options, "--batch.micro_size", "12"]
     group(4)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options))
     assert_same_training(single_device(*BASE, *FP64, *model), tmp_path / "many")
 
