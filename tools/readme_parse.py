@@ -208,7 +208,8 @@ def _python_problem(root: Path, path: Path, arguments: tuple[str, ...]) -> str |
     code = path.read_text()
     reads_config = re.search(r"^\s*from common\.config import .*\bparse\b|\bconfig\.parse\(", code, re.MULTILINE)
     if not reads_config and "argparse" not in code:
-        return f"it takes no arguments, found {arguments[0]}" if arguments else None
+        reads_words = "sys.argv" in code  # by itself: only a run would tell
+        return f"it takes no arguments, found {arguments[0]}" if arguments and not reads_words else None
     if reads_config:
         exit_code, output = _ask(root, path, (*arguments, "--print_config"))
         last = output.strip().splitlines()[-1:] or ["it failed without a word"]
@@ -244,9 +245,7 @@ def _ask(root: Path, path: Path, arguments: tuple[str, ...]) -> tuple[int | None
         return process.exitcode, output.read_text(errors="replace")
 
 
-def _become(
-    root: Path, path: Path, arguments: tuple[str, ...], surroundings: dict[str, str], output: Path
-) -> None:
+def _become(root: Path, path: Path, arguments: tuple[str, ...], surroundings: dict[str, str], output: Path) -> None:
     """Turn this process into `python path arguments`, or `python -m` for a module of a package."""
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
