@@ -291,6 +291,11 @@ class Run:
                 break
         self._read_pending()
 
+    @property
+    def is_complete(self) -> bool:
+        """All steps are done, in this attempt or before it."""
+        return self._done >= self.config.train.steps
+
     def log(self, step: int, loss_sum: torch.Tensor, grad_norm: torch.Tensor, lr: float) -> None:
         """Record one step. Starts a small asynchronous sum over all ranks, and reads that of the step before.
 
@@ -309,7 +314,7 @@ class Run:
         if values.is_cuda:
             if work is not None:
                 work.wait()  # only orders the streams; the host goes on
-            values = torch.cat([values, grad_norm.detach().double().reshape(1)])
+            values = torch.cat([values, grad_norm.detach().to(values).reshape(1)])  # off-loaded, it is on the CPU
             values = torch.empty(3, dtype=torch.float64, pin_memory=True).copy_(values, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
@@ -412,7 +417,7 @@ class Run:
         if self._board is not None:
             self._board.close()
         steps = self.config.train.steps
-        status = "finished" if self._done >= steps else "stopped"
+        status = "finished" if self.is_complete else "stopped"
         ended = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self.record |= {"status": status, "steps_done": self._done, "ended": ended, "peak_memory_bytes": peaks}
         self.record |= self._utilisation()

@@ -150,8 +150,11 @@ class Meter:
 @record
 def main(config: BasicsConfig) -> None:
     ranks = join(config.device)
-    if ranks.world_size < 2:
-        fail("one process has nobody to share with; use torchrun --nproc-per-node=2 fsdp/basics.py")
+    if ranks.world_size == config.fsdp.replicate:
+        fail(
+            "one process has nobody to share with; use torchrun --nproc-per-node=2 fsdp/basics.py, and more ranks than "
+            f"fsdp.replicate = {config.fsdp.replicate}"
+        )
     wanted = config.fsdp.reshard_after_forward
     strategies = {n: reshard for n, reshard in STRATEGIES.items() if wanted in ("both", str(reshard).lower())}
     held, collectives, wrong = {}, {}, []

@@ -1,7 +1,7 @@
 """Checkpoints of a sharded model: what each kind costs, loading at another number of ranks, and weights for others.
 
     torchrun --nproc-per-node=2 fsdp/checkpoint.py save                    # three kinds, each timed: some seconds
-    torchrun --nproc-per-node=3 fsdp/checkpoint.py load runs/NAME          # any run folder of fsdp/ or ddp/, any ranks
+    torchrun --nproc-per-node=3 fsdp/checkpoint.py load runs/NAME          # a run of fsdp/train.py or ddp/train.py
     python fsdp/checkpoint.py export runs/NAME --output model.safetensors  # one process: the Hugging Face format
 
 `save` shards a model, takes a step, and writes the same state sharded (every rank its part), whole (rank 0 all of it),
@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
-from settings import FsdpConfig, ShardedConfig, mesh_and_settings
+from settings import FsdpConfig, ShardedConfig, mesh_and_settings, set_prefetch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import fully_shard
@@ -125,6 +125,7 @@ def build(settings: ShardedConfig, ranks: Ranks) -> tuple[Transformer, torch.opt
     for block in model.blocks.values():
         fully_shard(block, **options)
     fully_shard(model, **options)
+    set_prefetch(list(model.blocks.values()), settings.fsdp.prefetch)
     model.to_empty(device="cpu" if settings.fsdp.cpu_offload else ranks.device)
     initialise(model, settings)
     return model, build_optimizer(model.parameters(), settings.optimizer, ranks.device)
@@ -211,7 +212,7 @@ def settings_of(run_folder: Path) -> ShardedConfig:
 def load(run_folder: Path) -> None:
     """Load a run's newest checkpoint, model and optimizer, whatever number of ranks saved it."""
     settings, source = settings_of(run_folder), committed(run_folder)
-    ranks = join(settings.device)
+    ranks = join()  # here: the run may have had GPUs, or none
     source = ranks.broadcast(source)  # a run that is still going on may have saved another since
     settings.fsdp.replicate = 1  # how the run was sharded is its own affair
     model, optimizer = build(settings, ranks)

@@ -1,6 +1,6 @@
 """Fine-tune a language model of `transformers` to answer questions: FSDP, all weights or LoRA.
 
-    torchrun --nproc-per-node=2 fsdp/finetune.py                          # a laptop: a tiny model, two minutes
+    torchrun --nproc-per-node=2 fsdp/finetune.py                          # a laptop: a tiny model, a minute
     torchrun --nproc-per-node=2 fsdp/finetune.py --lora.rank 8            # adapters alone are trained
     torchrun --nproc-per-node=8 fsdp/finetune.py --config fsdp/configs/finetune_lora.yaml --model_path /path/to/model
 
@@ -43,6 +43,7 @@ from common.question_answering import (
     question_sets,
     require,
     score,
+    score_by_answer,
 )
 from common.ranks import Ranks, fail, join
 from common.run import Run
@@ -90,7 +91,7 @@ def main(config: FinetuneConfig) -> None:
               mesh=dict(zip(("replicate", "shard"), mesh.shape, strict=True)),
               replicas=mesh["replicate"].get_group())  # fmt: skip
     run.say(f"training:   {train_set.describe()}\nvalidation: {validation_set.describe()}")
-    run.say(f"{describe(model)}\n{describe_trained(model)}")
+    run.say(f"{describe(model, settings['mp_policy'])}\n{describe_trained(model)}")
     trained = Trained(model, base)  # frozen weights are not saved, but read again
     run.restore(trained, optimizer, scaler)
     trained.check_base()
@@ -126,8 +127,8 @@ def main(config: FinetuneConfig) -> None:
         run.save_if_due(step, trained, optimizer, scaler)
         if step + 1 == config.train.steps:
             show(run, answers, validation_questions, questions)
-            if config.export:
-                write(model, tokenizer, config, shape, run, ranks)
+    if config.export and run.is_complete:  # also when it ended before it could be written
+        write(model, tokenizer, config, shape, run, ranks)
     run.finish()
     ranks.leave()  # a barrier, then the end of the process group
 
@@ -224,6 +225,8 @@ def show(run: Run, answers: list[str], asked: list[Question], trained_on: list[Q
         golds = " or ".join(map(repr, dict.fromkeys(question.answers))) or "no answer"
         verdict = "right" if score([answer], [question])[0] else f"expected {golds}"
         run.say(f"  {question.context[:100].splitlines()[0]}\n    {question.question} {answer!r} ({verdict})")
+    for gold, right, total in score_by_answer(answers, asked):
+        run.say(f"  where {gold} is right: {right} of {total}")
     usual = most_frequent_answer(trained_on)
     exact, f1 = score([usual] * len(asked), asked)
     run.say(f"always saying {usual!r}, the most frequent answer of training: exact match {exact:.4f}  f1 {f1:.4f}")

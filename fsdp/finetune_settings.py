@@ -133,7 +133,8 @@ class Trained(nn.Module):
                     module = module.get_submodule(part)
                 module.register_parameter(leaf, parameter)
         self._base = base
-        self.register_buffer("base", torch.tensor(base))
+        device = next(model.parameters()).device
+        self.register_buffer("base", torch.tensor(base, device=device))
 
     def check_base(self) -> None:
         """After a checkpoint was loaded. SystemExit: (exit code 2) its adapters belong to other frozen weights."""

@@ -61,10 +61,13 @@ def set_prefetch(blocks: list[FSDPModule], ahead: int) -> None:
         block.set_modules_to_backward_prefetch(blocks[max(0, number - ahead) : number][::-1])
 
 
-def describe(model: torch.nn.Module) -> str:
+def describe(model: torch.nn.Module, policy: MixedPrecisionPolicy | None = None) -> str:
     """One line: how many units, of what, and how much of the model is on this rank."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     parameters = list(model.parameters())
     whole, mine = sum(p.nbytes for p in parameters), sum(p.to_local().nbytes for p in parameters)
     kinds = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+    if policy and policy.param_dtype:
+        low, sums = (str(dtype).removeprefix("torch.") for dtype in (policy.param_dtype, policy.reduce_dtype))
+        kinds += f", gathered and computed with in {low}, gradients summed in {sums}"
     return f"{len(units)} FSDP units in {kinds}: this rank keeps {mine:,} of {whole:,} bytes of parameters"

@@ -33,7 +33,15 @@ def ends(script: str, arguments: list[str]) -> tuple[int, str]:
     return code, stderr.getvalue()
 
 
-train.joins_itself = ends.joins_itself = True
+def printed(script: str, arguments: list[str]) -> str:
+    """The same; what it printed."""
+    stdout = io.StringIO()
+    with contextlib.redirect_stdout(stdout):
+        train(script, arguments)
+    return stdout.getvalue()
+
+
+train.joins_itself = ends.joins_itself = printed.joins_itself = True
 
 
 def train_until(script: str, arguments: list[str], steps: int) -> None:

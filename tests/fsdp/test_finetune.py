@@ -406,6 +406,16 @@ def test_the_export_is_a_model_path(group, one, places, tmp_path):
     assert abs(rows(tmp_path / "again")[-1]["val_loss"] - rows(one())[-1]["val_loss"]) < 1e-5
 
 
+def test_a_finished_training_is_exported_later(group, places, tmp_path):
+    """As after an export that failed for want of room, or a job killed in it: started again, there are no steps."""
+    places_and_steps = arguments(places, tmp_path, "run", "--train.steps", "1")
+    group(2)(CASES, "train", [*places_and_steps, "--export", "false"])
+    assert not (tmp_path / "run" / "exported").exists()
+    group(2)(CASES, "train", places_and_steps)
+    assert len(rows(tmp_path / "run")) == 1
+    assert (tmp_path / "run" / "exported" / "model.safetensors").is_file()
+
+
 # -------------------------------------------------------------------------------------------------------- mistakes
 
 

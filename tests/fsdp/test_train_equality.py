@@ -43,6 +43,7 @@ def test_fp64_is_the_proof(group, single_device, tmp_path, ranks, accumulation):
     ["--fsdp.prefetch", "2"],
     ["--train.activation_checkpointing", "true"],
     ["--model.experts", "4"],
+    pytest.param(["--train.compile", "true"], marks=pytest.mark.slow),  # a minute of compiling
 ], ids=lambda options: " ".join(options))  # fmt: skip
 def test_every_option(group, single_device, tmp_path, options):
     model = options if options[0].startswith("--model") else []
@@ -74,7 +75,9 @@ def test_first_gradients_in_fp32(group, single_device, tmp_path):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_trains(group, single_device, tmp_path, precision):
     """The policy casts whole blocks where autocast casts operations: losses are close, not equal."""
-    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "low", "--train.precision", precision))
+    printed = group(2)(CASES, "printed", SCRIPT, arguments(tmp_path, "low", "--train.precision", precision))[0]
+    low = {"bf16": "bfloat16", "fp16": "float16"}[precision]
+    assert f"units in float32, gathered and computed with in {low}, gradients summed in float32" in printed
     assert_trains_in_low_precision(single_device(*BASE), tmp_path / "low")
 
 
