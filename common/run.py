@@ -63,7 +63,8 @@ class Run:
         unit: what is counted: "tokens" or "images".
         flops_per_unit: forward and backward of one token or image, for MFU; see `common.flops`.
         mesh: names and sizes of the mesh's axes; by default all ranks are data-parallel.
-        replicas: the ranks that must hold the same weights, to be checked now and then; by default all.
+        replicas: the ranks that must hold the same plain tensors, to be checked now and then; by default all. (A
+            DTensor knows its own.)
         fingerprint: of the data, from the data set.
         framework: the package that does the distributed part, by its name; its version goes into run.json.
 

@@ -88,8 +88,7 @@ def main(config: FinetuneConfig) -> None:
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.train.precision == "fp16")
 
     run = Run(config, ranks, "fsdp", config.batch.global_size, "samples", fingerprint=train_set.fingerprint(),
-              mesh=dict(zip(("replicate", "shard"), mesh.shape, strict=True)),
-              replicas=mesh["replicate"].get_group())  # fmt: skip
+              mesh=dict(zip(("replicate", "shard"), mesh.shape, strict=True)))  # fmt: skip
     run.say(f"training:   {train_set.describe()}\nvalidation: {validation_set.describe()}")
     run.say(f"{describe(model, settings['mp_policy'])}\n{describe_trained(model)}")
     trained = Trained(model, base)  # frozen weights are not saved, but read again

@@ -63,8 +63,7 @@ def main(config: ShardedConfig) -> None:
 
     flops = flops_per_token(config.model, config.data.sequence_length)
     run = Run(config, ranks, "fsdp", tokens_per_step, flops_per_unit=flops, fingerprint=train_set.fingerprint(),
-              mesh=dict(zip(("replicate", "shard"), mesh.shape, strict=True)),
-              replicas=mesh["replicate"].get_group())  # fmt: skip
+              mesh=dict(zip(("replicate", "shard"), mesh.shape, strict=True)))  # fmt: skip
     run.say(describe(model, settings["mp_policy"]))
     run.say(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
     run.restore(model, optimizer, scaler)

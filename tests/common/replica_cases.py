@@ -3,6 +3,8 @@
 import torch
 import torch.distributed as dist
 from checkpoint_cases import ended
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from common.replica_check import check_replicas, differing_replicas
 
@@ -47,6 +49,19 @@ def collectives():
     finally:
         dist.all_reduce, dist.all_gather = kept
     return called
+
+
+def on_a_mesh(flipped):
+    """A weight that is cut along one axis of 2 × 2 ranks and copied along the other; a bias with four copies."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts"))
+    model = build()[0]
+    placed = {"weight": (Replicate(), Shard(0)), "bias": (Replicate(), Replicate())}
+    for name, placements in placed.items():
+        whole = distribute_tensor(getattr(model, name).detach(), mesh, placements, src_data_rank=None)
+        setattr(model, name, torch.nn.Parameter(whole))
+    if flipped and dist.get_rank() == 3:
+        flip_lowest_bit(getattr(model, flipped).to_local())
+    return ended(check_replicas, model, 7) if flipped else differing_replicas(model)
 
 
 def ends():

@@ -30,6 +30,15 @@ def test_one_collective_while_all_is_well(group):
     assert group(2)(CASES, "collectives") == [["all_reduce"], ["all_reduce"]]
 
 
+def test_a_mesh_says_who_holds_the_same(group):
+    assert group(4)(CASES, "on_a_mesh", "") == [None] * 4
+    # Rank 3 shares its rows of the weight with rank 1, and the bias with all, of whom 1 and 2 are its neighbours.
+    for flipped, who_see_it in (("weight", [1, 3]), ("bias", [1, 2, 3])):
+        for rank, (code, line) in enumerate(group(4)(CASES, "on_a_mesh", flipped)):
+            assert code == 2
+            assert (f"first in {flipped}, on rank(s)" if rank in who_see_it else "other ranks hold different") in line
+
+
 def test_all_ranks_end(group):
     for code, line in group(3)(CASES, "ends"):
         assert code == 2
