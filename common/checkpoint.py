@@ -61,12 +61,6 @@ def checksum(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _fail_together(problem: str | None, ranks: Ranks) -> None:
-    """End all ranks if any has a problem, with the first one's words: no rank is left waiting for another."""
-    if problems := [p for p in ranks.all_gather(problem) if p]:
-        fail(problems[0])
-
-
 @runtime_checkable
 class WholeState(Protocol):
     """Stands in a model's place where torch cannot tell how model and optimizer are cut, because it was done by hand.
@@ -83,13 +77,16 @@ class WholeState(Protocol):
     def load_whole_state(self, state: dict[str, Any]) -> None: ...
 
 
+Model = torch.nn.Module | WholeState
+
+
 def _shapes(state: dict[str, Any], ranks: Ranks) -> dict[str, list[int]]:
     """Shapes of the whole model's parameters, by name: pipeline stages hold some each."""
     mine = {name: list(value.shape) for name, value in state["model"].items()}
     return {name: shape for part in ranks.all_gather(mine) for name, shape in part.items()}
 
 
-def _state(model: torch.nn.Module | WholeState, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+def _state(model: Model, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
     if isinstance(model, WholeState):
         return model.whole_state()
     if optimizer is None:
@@ -119,7 +116,7 @@ def _is_current(folder: Path, attempt: str | None) -> bool:
 def save(
     folder: Path,
     step: int,
-    model: torch.nn.Module | WholeState,
+    model: Model,
     optimizer: torch.optim.Optimizer | None,
     ranks: Ranks,
     extra: dict[str, Any] | None = None,
@@ -144,6 +141,10 @@ def save(
     state, problem, files = _state(model, optimizer), None, {}
     try:
         shards.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # told before the others begin to write, which they do together
+        problem = f"checkpoint {target} could not be written: {error}; earlier checkpoints are untouched"
+    ranks.fail_together(problem)
+    try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process: as meant
             dcp.save(state, storage_writer=dcp.FileSystemWriter(shards, sync_files=True))
@@ -152,7 +153,7 @@ def save(
         _sync_folder(shards)
     except (OSError, dcp.CheckpointException) as error:
         problem = f"checkpoint {target} could not be written: {error}; earlier checkpoints are untouched"
-    _fail_together(problem, ranks)
+    ranks.fail_together(problem)
     everything = {name: entry for part in ranks.all_gather(files) for name, entry in part.items()}
     shapes = _shapes(state, ranks)
     if ranks.is_main:
@@ -166,6 +167,9 @@ def save(
             "files": everything,
         }
         try:
+            for name, entry in everything.items():
+                if not (shards / name).is_file() or (shards / name).stat().st_size != entry["bytes"]:
+                    raise OSError(f"rank 0 does not see {name} of another rank; is runs_dir on a shared file system?")
             temporary = target / f"manifest-{shards.name}.tmp"
             with open(temporary, "w") as file:
                 json.dump(manifest, file, indent=1)
@@ -185,7 +189,7 @@ def save(
                 problem = f"another attempt has taken over {folder}; this one ends, and leaves the checkpoints to it"
         except OSError as error:
             problem = f"checkpoint {target} could not be committed: {error}; earlier checkpoints are untouched"
-    _fail_together(problem, ranks)
+    ranks.fail_together(problem)
     return target
 
 
@@ -238,9 +242,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def load(
-    checkpoint: Path, model: torch.nn.Module | WholeState, optimizer: torch.optim.Optimizer | None, ranks: Ranks
-) -> dict[str, Any]:
+def load(checkpoint: Path, model: Model, optimizer: torch.optim.Optimizer | None, ranks: Ranks) -> dict[str, Any]:
     """Load a checkpoint into a model (and its optimizer), whatever world size saved it. All ranks must call it.
 
     Returns:
@@ -249,15 +251,8 @@ def load(
     Raises:
         SystemExit: (exit code 2, on all ranks) truncated, changed, foreign, or of another model or optimizer.
     """
-    manifest: Any = None
+    manifest: dict[str, Any] = ranks.first_or_fail(lambda: read_manifest(checkpoint))
     problem: str | None = None
-    if ranks.is_main:
-        try:
-            manifest = read_manifest(checkpoint)
-        except (ValueError, OSError) as error:
-            problem = str(error)
-    _fail_together(problem, ranks)
-    manifest = ranks.broadcast(manifest)
     shards = checkpoint / manifest["shards"]
     names = sorted(manifest["files"])[ranks.rank :: ranks.world_size]  # each rank checks its share of the files
     try:
@@ -269,7 +264,7 @@ def load(
         problem = (
             f"checkpoint {checkpoint} cannot be read on rank {ranks.rank}: {error}; is it on a shared file system?"
         )
-    _fail_together(problem, ranks)
+    ranks.fail_together(problem)
 
     state = _state(model, optimizer)
     ours = _shapes(state, ranks)

@@ -73,7 +73,7 @@ class RunConfig:
     seed: int = 1234
     """Decides the initial weights and the order of the data."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: every GPU if there is one, else the CPU."""
+    """auto: this rank's GPU if there is one, else the CPU, unless the variable DEVICE says which."""
     run_name: str | None = None
     """Name of the folder under runs_dir; by default made unique, and under Slurm made of the job id."""
     runs_dir: str = field(default_factory=lambda: os.environ.get("RUNS_DIR", "runs"))

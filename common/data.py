@@ -331,7 +331,10 @@ def _documents(inputs: list[str], column: str) -> Iterator[str]:
     for name in inputs:
         path = Path(name)
         if path.is_file():
-            yield path.read_text(encoding="utf-8", errors="replace")
+            try:
+                yield path.read_text(encoding="utf-8", errors="replace")
+            except OSError as error:
+                fail(f"--input {name}: {error.strerror}; choose a file you can read")
             continue
         try:
             import datasets

@@ -367,18 +367,6 @@ def score(answers: list[str], questions: list[Question]) -> tuple[float, float]:
     return 100 * totals[0] / len(questions), 100 * totals[1] / len(questions)
 
 
-def score_by_answer(answers: list[str], questions: list[Question], most: int = 5) -> list[tuple[str, int, int]]:
-    """The `most` frequent right answers, and all others: its name, how often it was given, how often it was right."""
-    golds = [repr(question.answers[0]) if question.answers else "no answer" for question in questions]
-    frequent = [gold for gold, _ in collections.Counter(golds).most_common(most)]
-    rows = {name: [0, 0] for name in (*frequent, "another")}
-    for answer, question, gold in zip(answers, questions, golds, strict=True):
-        row = rows[gold if gold in frequent else "another"]
-        row[0] += int(score([answer], [question])[0] == 100)
-        row[1] += 1
-    return [(name, right, total) for name, (right, total) in rows.items() if total]
-
-
 def most_frequent_answer(questions: list[Question]) -> str:
     """What a model says that has learned nothing but which answer is the most frequent; "" is no answer."""
     return collections.Counter(q.answers[0] if q.answers else "" for q in questions).most_common(1)[0][0]

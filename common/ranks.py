@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -81,10 +81,6 @@ class Ranks:
         """What DistributedDataParallel wants as `device_ids`: one GPU, or None on the CPU."""
         return [self.device.index] if self.device.type == "cuda" else None
 
-    def print(self, message: str) -> None:
-        """Print a line that says which rank it comes from."""
-        print(f"[rank {self.rank}] {message}", flush=True)
-
     def barrier(self) -> None:
         """Wait for all ranks; nothing to wait for without a process group."""
         if dist.is_initialized():
@@ -103,6 +99,24 @@ class Ranks:
         if dist.is_initialized():
             dist.all_gather_object(values, value)
         return values
+
+    def fail_together(self, problem: str | None) -> None:
+        """End all ranks if any has a problem, with the first one's words: no rank is left waiting for another."""
+        if problems := [each for each in self.all_gather(problem) if each]:
+            fail(problems[0])
+
+    def first_or_fail(self, function: Callable[[], Any]) -> Any:
+        """Call `function` on rank 0 alone, and give every rank what it returns; its ValueError or OSError ends all."""
+        value, problem = None, None
+        if self.is_main:
+            try:
+                value = function()
+            except (ValueError, OSError) as error:
+                problem = str(error)
+        value, problem = self.broadcast((value, problem))
+        if problem:
+            fail(problem)
+        return value
 
     def leave(self) -> None:
         """Wait for all ranks, then destroy the process group.
@@ -137,6 +151,14 @@ def _integers(environment: Mapping[str, str], names: list[str], launcher: str) -
 def _port(key: str) -> int:
     """A port that all ranks of one job compute alike and two jobs on one node hardly ever share."""
     return 20000 + zlib.crc32(key.encode()) % 12000  # below 32768, where Linux starts to hand out its own
+
+
+def _tasks_here(per_node: str, node: int) -> int:
+    """How many tasks of a Slurm step are on its node number `node`, from a list such as `2(x3),1`."""
+    counts: list[int] = []
+    for count, _, times in (part.partition("(x") for part in per_node.split(",")):
+        counts += [int(count)] * int(times.rstrip(")") or 1)
+    return counts[node]
 
 
 def _first_host(nodelist: str) -> str:
@@ -175,13 +197,13 @@ def read_environment(environment: Mapping[str, str] | None = None) -> Place:
         names = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
         _require(env, [*names, "MASTER_ADDR", "MASTER_PORT"], "torchrun")
         rank, size, local_rank = _integers(env, names, "torchrun")
-        place = Place(rank, size, local_rank, int(env.get("LOCAL_WORLD_SIZE", size)), "torchrun", address, int(port))
+        local_size = _integers(env, ["LOCAL_WORLD_SIZE"], "torchrun")[0] if "LOCAL_WORLD_SIZE" in env else size
+        place = Place(rank, size, local_rank, local_size, "torchrun", address, int(port))
     elif in_step:
         names = ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"]
         rank, size, local_rank = _integers(env, names, "srun")
         nodelist, job = _require(env, ["SLURM_STEP_NODELIST", "SLURM_JOB_ID"], "srun")
-        per_node = env.get("SLURM_STEP_TASKS_PER_NODE", str(size))  # such as 2(x3) or 2,1
-        local_size = int(per_node.split(",")[0].split("(")[0])
+        local_size = _tasks_here(env.get("SLURM_STEP_TASKS_PER_NODE", str(size)), int(env.get("SLURM_NODEID", "0")))
         address = address or ("localhost" if local_size == size else _first_host(nodelist))
         port = port or str(_port(f"{job}.{env.get('SLURM_STEP_ID', '0')}"))
         if int(env.get("WORLD_SIZE", size)) != size:
@@ -312,6 +334,7 @@ def join(device: str = "auto", timeout_s: float = 600.0, network_profile: str = 
                 RANK=str(place.rank),
                 WORLD_SIZE=str(place.world_size),
                 LOCAL_RANK=str(place.local_rank),
+                LOCAL_WORLD_SIZE=str(place.local_world_size),
                 MASTER_ADDR=place.master_addr,
                 MASTER_PORT=str(place.master_port),
             )
@@ -325,18 +348,3 @@ def join(device: str = "auto", timeout_s: float = 600.0, network_profile: str = 
             f"{reason}; check that all ranks were started and that this host and port are reachable"
         )
     return Ranks(place.rank, place.world_size, place.local_rank, place.local_world_size, place.launcher, chosen)
-
-
-@contextlib.contextmanager
-def rank0_first(ranks: Ranks, per_node: bool = False) -> Iterator[None]:
-    """Let rank 0 run the block before all others, so that it alone downloads or builds what the others then find.
-
-    Args:
-        per_node: let the first rank of every node go first, for files on a node-local disk.
-    """
-    first = ranks.local_rank == 0 if per_node else ranks.rank == 0
-    if not first:
-        ranks.barrier()
-    yield
-    if first:
-        ranks.barrier()

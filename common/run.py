@@ -38,18 +38,29 @@ from common.ranks import Ranks, fail
 from common.replica_check import check_replicas
 
 MUST_MATCH = ("seed", "data", "model", "batch.global_size")  # a resumed run must go on with the same data and model
+MAY_DIFFER = ("path", "workers", "validation_samples")  # of the section data: the fingerprint tells its content
 
 
 def _lookup(tree: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         tree = tree.get(part, {})
-    return tree
+    return {name: value for name, value in tree.items() if name not in MAY_DIFFER} if key == "data" else tree
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that, whenever the process dies, the old or the new one is there."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def _git_commit() -> str | None:
     here = Path(__file__).resolve().parent
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
-    return found.stdout.strip() or None
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # there is no git
+        return None
 
 
 class Run:
@@ -94,13 +105,10 @@ class Run:
         self.rows: list[dict[str, Any]] = []
         self.validation: dict[int, float] = {}
 
-        answer = ranks.broadcast(self._open_folder() if ranks.is_main else None)
-        self.folder: Path = answer[0]
-        self._attempt: str | None = answer[3]
-        self._resume_from: Path | None = answer[1]
-        problem: str | None = answer[2]
-        if problem:
-            fail(problem)
+        self.folder: Path
+        self._resume_from: Path | None
+        self._attempt: str
+        self.folder, self._resume_from, self._attempt = ranks.first_or_fail(lambda: self._open_folder(fingerprint))
         by_job = os.environ.get("STOP_FILE")  # how slurm/job_env.sh passes on that Slurm takes the nodes away
         self._stop_files = [self.folder / "stop", *([Path(by_job)] if by_job else [])]
         hosts = sorted(set(ranks.all_gather(socket.gethostname())))
@@ -115,48 +123,65 @@ class Run:
 
     # ---------------------------------------------------------------------------------------- the folder
 
-    def _open_folder(self) -> tuple[Path | None, Path | None, str | None, str | None]:
+    def _open_folder(self, fingerprint: str | None) -> tuple[Path, Path | None, str]:
         """On rank 0: choose and make the folder, and find the checkpoint to start from.
 
-        Returns folder, checkpoint, a problem as text, and the attempt's name.
+        Returns folder, checkpoint and the attempt's name. Raises ValueError, in one line.
         """
-        script = Path(sys.argv[0])
+        script, resume, name = Path(sys.argv[0]), self.config.resume, self.config.run_name
         kind = f"{script.resolve().parent.name}-{script.stem}" if script.suffix == ".py" else "notebook"
         job = os.environ.get("SLURM_JOB_ID")  # a requeued job keeps its id, and finds its run again
         restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
-        if restarts != "0" and not job and not self.config.run_name:
+        if restarts != "0" and not job and not name:
             found = f"torchrun --max-restarts={restarts} without --run_name"
-            return None, None, f"{found}: a restart would begin a new run, not go on; give the run a name", None
+            raise ValueError(f"{found}: a restart would begin a new run, not go on; give the run a name")
         unique = f"job{job}" if job else f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-        folder = Path(self.config.runs_dir) / (self.config.run_name or f"{kind}-{unique}")
-        start, goes_on = None, False
+        folder = Path(self.config.runs_dir) / (name or f"{kind}-{unique}")
+        checkpoints = folder / "checkpoints"
         try:
-            if self.config.resume not in ("auto", "never"):
-                given = Path(self.config.resume)
-                start = checkpoint.latest(given / "checkpoints") or given
-                checkpoint.read_manifest(start)
-            elif (folder / "config.yaml").is_file():
-                start, goes_on = checkpoint.latest(folder / "checkpoints"), True
-                before, now = yaml.safe_load((folder / "config.yaml").read_text()), to_dict(self.config)
-                changed = [key for key in MUST_MATCH if _lookup(before, key) != _lookup(now, key)]
-                if self.config.resume == "never":
-                    return None, None, f"run {folder} exists already, and resume = never; choose another run_name", None
-                if start and changed:
-                    found = f"run {folder} was made with other settings of {', '.join(changed)}"
-                    advice = f"go on with the same ones (--config {folder}/config.yaml), or choose another run_name"
-                    return None, None, f"{found}; {advice}", None
-            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            exists = (folder / "config.yaml").is_file()
+            if exists and resume == "never":
+                raise ValueError(f"run {folder} exists already, and resume = never; choose another run_name")
+            again = (os.environ.get(f"{who}_RESTART_COUNT", "0") != "0" for who in ("SLURM", "TORCHELASTIC"))
+            if exists and not name and not any(again):
+                advice = f"name the second with --run_name, or go on with --run_name {folder.name}"
+                raise ValueError(f"this Slurm job has a run {folder} already; {advice}")
+            start = checkpoint.latest(checkpoints)
+            if start:
+                self._compare_with(folder, fingerprint)
+            elif resume not in ("auto", "never"):
+                start = checkpoint.latest(Path(resume, "checkpoints")) or Path(resume)
+                try:
+                    checkpoint.read_manifest(start)
+                except ValueError as error:
+                    raise ValueError(f"resume = {resume}: {error}") from None
+            if exists and Path(resume).resolve().is_relative_to(folder.resolve()):
+                advice = "leave resume out to go on with it, or choose another run_name to begin a new run from there"
+                raise ValueError(f"resume = {resume} lies in the folder of this very run; {advice}")
+            checkpoints.mkdir(parents=True, exist_ok=True)
             (folder / "stop").unlink(missing_ok=True)
-            attempt = checkpoint.claim(folder / "checkpoints")
-            if goes_on:  # until the claim another attempt could still commit, and remove
-                start = checkpoint.latest(folder / "checkpoints")
-            (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
-        except ValueError as error:
-            return None, None, f"resume = {self.config.resume}: {error}", None
+            attempt = checkpoint.claim(checkpoints)
+            # Until the claim another attempt could still commit, and remove.
+            start = checkpoint.latest(checkpoints) or start
+            _write_whole(folder / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{folder}/config.yaml is not valid YAML: {error}") from None
         except OSError as error:
             advice = "choose a folder you can write to with --runs_dir"
-            return None, None, f"run folder {folder}: {error.strerror}; {advice}", None
-        return folder, start, None, attempt
+            raise ValueError(f"run folder {folder}: {error.strerror}; {advice}") from None
+        return folder, start, attempt
+
+    def _compare_with(self, folder: Path, fingerprint: str | None) -> None:
+        """ValueError: the run in `folder` has seen other data, or is of another model."""
+        before, now = yaml.safe_load((folder / "config.yaml").read_text()), to_dict(self.config)
+        changed = [key for key in MUST_MATCH if _lookup(before, key) != _lookup(now, key)]
+        if changed:
+            advice = f"go on with the same ones (--config {folder}/config.yaml), or choose another run_name"
+            raise ValueError(f"run {folder} was made with other settings of {', '.join(changed)}; {advice}")
+        seen = json.loads((folder / "run.json").read_text())["data_fingerprint"]
+        if fingerprint != seen:
+            found = f"run {folder} was made with other data (fingerprint {seen}, now {fingerprint})"
+            raise ValueError(f"{found}; go on with the same files, or choose another run_name")
 
     def _write_run_record(
         self, framework: str, strategy: str, mesh: dict[str, int], fingerprint: str | None, hosts: list[str]
@@ -185,15 +210,12 @@ class Run:
             | ({} if framework == "torch" else {framework: metadata.version(framework)}),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        (self.folder / "run.json").write_text(json.dumps(self.record, indent=1) + "\n")
+        _write_whole(self.folder / "run.json", json.dumps(self.record, indent=1) + "\n")
 
     # ---------------------------------------------------------------------------------- resume and save
 
     def restore(
-        self,
-        model: torch.nn.Module | checkpoint.WholeState,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler | None = None,
+        self, model: checkpoint.Model, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
     ) -> None:
         """Load the checkpoint that this run goes on from, if there is one. Call it once, before `steps`."""
         metrics = self.folder / "metrics.jsonl"
@@ -204,19 +226,13 @@ class Run:
             self.first_step = self._done = manifest["step"]
         if not self.ranks.is_main:
             return
-        rows = (
-            [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
-            if metrics.exists()
-            else []
-        )
-        self.rows = [row for row in rows if "loss" in row and row["step"] < self.first_step]
-        kept = [
-            row
-            for row in rows
-            if row["step"] < self.first_step or ("val_loss" in row and row["step"] == self.first_step)
-        ]
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        # An evaluation has the number of steps done before it: that after the last step, first_step.
+        kept = [row for row in rows if row["step"] < self.first_step + ("val_loss" in row)]
+        self.rows = [row for row in kept if "loss" in row]
         self.validation = {row["step"]: row["val_loss"] for row in kept if "val_loss" in row}
-        metrics.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        _write_whole(metrics, "".join(json.dumps(row) + "\n" for row in kept))
         self._metrics = open(metrics, "a", buffering=1)  # noqa: SIM115  (closed in finish; a line at a time is on disk)
         self._board = self._open_tensorboard()
         if self._resume_from is not None:
@@ -241,7 +257,7 @@ class Run:
     def save_if_due(
         self,
         step: int,
-        model: torch.nn.Module | checkpoint.WholeState,
+        model: checkpoint.Model,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
@@ -280,6 +296,7 @@ class Run:
         """
         if self.ranks.is_main:
             self._bar.update(self.first_step)
+        self._clock = time.perf_counter()  # loading is not part of a step
         for step in range(self.first_step, self.config.train.steps):
             seed = derive_seed(self.config.seed, "step", step, self.ranks.rank)
             torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every kind of device, each time
@@ -422,7 +439,7 @@ class Run:
         ended = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self.record |= {"status": status, "steps_done": self._done, "ended": ended, "peak_memory_bytes": peaks}
         self.record |= self._utilisation()
-        (self.folder / "run.json").write_text(json.dumps(self.record, indent=1) + "\n")
+        _write_whole(self.folder / "run.json", json.dumps(self.record, indent=1) + "\n")
         if self._done == self.first_step:
             print(f"\nnothing to do: {self._done} of {steps} steps were done already; run folder {self.folder}")
             return
@@ -444,7 +461,9 @@ class Run:
 
     def _utilisation(self) -> dict[str, Any]:
         """Medians over the steps: speed, and the model's FLOP/s on each rank, of which MFU is the part of the peak."""
-        steady = self.rows[1:] or self.rows  # the first step allocates and compiles
+        # Of this attempt, which may have other ranks than those before; its first step allocates and compiles.
+        mine = [row for row in self.rows if row["step"] >= self.first_step] or self.rows
+        steady = mine[1:] or mine
         if not steady:
             return {}
         rate = statistics.median(row[f"{self.unit}_per_second"] for row in steady)

@@ -385,7 +385,7 @@ class Transformer(nn.Module):
         tokens, targets: (batch, sequence) int64; target -100 is ignored. A stage without embedding takes
         hidden states (batch, sequence, width) as tokens, one without head returns them. positions: int64
         (sequence,), without a cache also (batch, sequence); by default they count on from what the cache has
-        seen. Raises ValueError where the sequence exceeds config.max_sequence or the cache.
+        seen. Raises ValueError where more tokens are given than config.max_sequence, or than the cache has room for.
         """
         if tokens.shape[1] > self.config.max_sequence:
             raise ValueError(

@@ -19,7 +19,7 @@ from finetune_settings import (
     build_model,
     describe_trained,
     export,
-    fail_together,
+    score_by_answer,
 )
 from settings import describe, mesh_and_settings, set_prefetch
 from torch import Tensor, nn
@@ -43,7 +43,6 @@ from common.question_answering import (
     question_sets,
     require,
     score,
-    score_by_answer,
 )
 from common.ranks import Ranks, fail, join
 from common.run import Run
@@ -144,7 +143,7 @@ def initialise(model: nn.Module, config: FinetuneConfig, shape, ranks: Ranks) ->
             whole = build_model(config, shape, read=True)
         except Exception as error:  # whatever a damaged file makes the library raise
             problem = f"model_path = {config.model_path}: the weights cannot be used ({error}); fetch the files again"
-    fail_together(problem, ranks)
+    ranks.fail_together(problem)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, whole.state_dict() if whole else {}, options=options)
     # No state dict holds the tables of rotary angles and the like, and `to_empty` has left them with any values.
@@ -241,7 +240,7 @@ def write(model: nn.Module, tokenizer, config: FinetuneConfig, shape, run: Run, 
             export(weights, tokenizer, config, shape, folder)
         except OSError as error:
             problem = f"{folder}: {error.strerror}; the checkpoint is untouched"
-    fail_together(problem, ranks)
+    ranks.fail_together(problem)
     run.say(f"exported to {folder}")
 
 

@@ -1,6 +1,7 @@
 """Fine-tuning: its settings, a `transformers` model with or without LoRA, and what of it is saved and exported."""
 
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from torch import nn
 
 from common.config import RunConfig, TrainConfig
 from common.data_sharding import derive_seed
-from common.question_answering import QuestionsConfig, require
-from common.ranks import Ranks, fail
+from common.question_answering import Question, QuestionsConfig, require, score
+from common.ranks import fail
 from common.replica_check import bit_sums
 
 
@@ -186,7 +187,13 @@ def export(weights: dict[str, torch.Tensor], tokenizer: Any, config: FinetuneCon
     tokenizer.save_pretrained(folder)
 
 
-def fail_together(problem: str | None, ranks: Ranks) -> None:
-    """End all ranks with rank 0's problem, if it has one."""
-    if problem := ranks.broadcast(problem):
-        fail(problem)
+def score_by_answer(answers: list[str], questions: list[Question], most: int = 5) -> list[tuple[str, int, int]]:
+    """Of the `most` frequent right answers, and all others: which, how often it was given, how often right."""
+    golds = [repr(question.answers[0]) if question.answers else "no answer" for question in questions]
+    frequent = [gold for gold, _ in Counter(golds).most_common(most)]
+    rows = {name: [0, 0] for name in (*frequent, "another")}
+    for answer, question, gold in zip(answers, questions, golds, strict=True):
+        row = rows[gold if gold in frequent else "another"]
+        row[0] += int(score([answer], [question])[0] == 100)
+        row[1] += 1
+    return [(name, given, total) for name, (given, total) in rows.items() if total]

@@ -76,9 +76,10 @@ def load_fails(folder, options):
     return ended(checkpoint.load, Path(folder), model, optimizer, here())
 
 
-def save_fails(folder, step):
+def save_fails(folder, step, apart=False):
     model, _, optimizer = build()
-    return ended(checkpoint.save, Path(folder), step, model, optimizer, here())
+    folder = Path(folder, f"disk of rank {here().rank}") if apart else Path(folder)
+    return ended(checkpoint.save, folder, step, model, optimizer, here())
 
 
 def leftover(folder):

@@ -85,3 +85,29 @@ def log_nan(folder):
             log(run, step, float("nan") if step == 2 and run.ranks.rank == 1 else None)
 
     return ended(loop)
+
+
+def begin_or_go_on(folder, arguments, environment=None, fingerprint="fingerprint"):
+    """Train, saving as the settings say: (the first step done, the folder's name), or exit code and message."""
+    kept, answer = dict(os.environ), []
+    os.environ.update(environment or {})
+
+    def train():
+        config = parse(Config, ["--runs_dir", folder, *arguments])
+        run = Run(config, here(), "test", units_per_step=10, fingerprint=fingerprint)
+        torch.manual_seed(0)  # the same on all ranks
+        model = torch.nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        run.restore(model, optimizer)
+        for step in run.steps():
+            log(run, step)
+            run.save_if_due(step, model, optimizer)
+        run.finish()
+        answer.extend([run.first_step, run.folder.name])
+
+    try:
+        failed = ended(train)
+        return answer or failed
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)

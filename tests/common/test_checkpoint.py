@@ -101,6 +101,14 @@ def test_of_another_model(group, tmp_path, options, words):
         assert all(word in line for word in words), line
 
 
+def test_folders_that_the_ranks_do_not_share(group, tmp_path):
+    """As with runs_dir on each node's own disk: nothing is committed that could not be loaded."""
+    for code, line in group(2)(CASES, "save_fails", str(tmp_path), 4, True):
+        assert code == 2
+        assert "is runs_dir on a shared file system?" in line
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
 def test_a_folder_that_cannot_be_written(group, tmp_path):
     group(2)(CASES, "save_many", str(tmp_path), [2], 2)
     (tmp_path / "step_4").write_text("a file where the folder should be")

@@ -20,7 +20,6 @@ from common.question_answering import (
     questions_of,
     read_questions,
     score,
-    score_by_answer,
     standard_library_questions,
 )
 
@@ -228,12 +227,6 @@ def test_score_by_hand():
     assert score(answers, asked) == (pytest.approx(100 * 3 / 6), pytest.approx(100 * (1 + 2 / 3 + 1 + 0 + 0 + 1) / 6))
     with pytest.raises(ValueError, match="longer"):
         score(answers[:-1], asked)
-
-
-def test_the_score_of_each_answer():
-    asked = [QUESTION, QUESTION, NOTHING]
-    assert score_by_answer(["Oder", "Elbe", ""], asked) == [("'Oder'", 1, 2), ("no answer", 1, 1)]
-    assert score_by_answer(["Oder", "Elbe", ""], asked, most=1) == [("'Oder'", 1, 2), ("another", 1, 1)]
 
 
 def test_the_most_frequent_answer():

@@ -40,6 +40,13 @@ def test_srun_step(monkeypatch):
     assert read_environment(SRUN | {"MASTER_ADDR": "b", "MASTER_PORT": "9"}).master_addr == "b"
 
 
+def test_an_srun_step_with_unequal_nodes():
+    uneven = SRUN | {"SLURM_STEP_TASKS_PER_NODE": "1,3", "MASTER_ADDR": "node1"}
+    first = read_environment(uneven | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"})
+    last = read_environment(uneven | {"SLURM_PROCID": "3", "SLURM_LOCALID": "2", "SLURM_NODEID": "1"})
+    assert (first.local_world_size, last.local_rank, last.local_world_size) == (1, 2, 3)
+
+
 @pytest.mark.parametrize(("nodelist", "host"), [
     ("node[1-2]", "node1"), ("gpu[003,005-7]", "gpu003"), ("a,b", "a"), ("solo", "solo"), ("x,gpu[1-2]", "x"),
 ])  # fmt: skip
@@ -83,6 +90,7 @@ def test_nothing_set_is_one_process():
     ({"WORLD_SIZE": "2"}, ["missing RANK"]),
     (without(TORCHRUN, "MASTER_PORT"), ["missing MASTER_PORT"]),
     (TORCHRUN | {"RANK": "x"}, ["RANK='x'", "whole number"]),
+    (TORCHRUN | {"LOCAL_WORLD_SIZE": "x"}, ["LOCAL_WORLD_SIZE='x'", "whole number"]),
     (TORCHRUN | {"RANK": "4"}, ["rank 4 of 4"]),
     (TORCHRUN | {"MASTER_PORT": "http"}, ["MASTER_PORT='http'"]),
     (without(SRUN, "SLURM_LOCALID"), ["SLURM_LOCALID"]),
@@ -204,8 +212,3 @@ def test_a_rank_that_never_comes(tmp_path):
     assert result.returncode == 2
     assert "rank 0 of 2 could not join the others" in result.stderr
     assert "Traceback" not in result.stderr
-
-
-def test_rank0_goes_first(group, tmp_path):
-    orders = group(3)("tests/common/rank_cases.py", "rank0_first_order", str(tmp_path / "order"))
-    assert all(order[0] == "0" and sorted(order) == ["0", "1", "2"] for order in orders)

@@ -36,6 +36,67 @@ def test_names_are_unique_and_hold_the_job(group, tmp_path):
     assert a.endswith("-job17")  # a requeued job finds its run again
 
 
+def begin_or_go_on(group, folder, *arguments, size=2, environment=None, fingerprint="fingerprint"):
+    """What one rank says: [first step, folder's name], or [exit code, message]; all must say the same."""
+    answers = group(size)(CASES, "begin_or_go_on", str(folder), list(arguments), environment, fingerprint)
+    assert all(answer[0] == answers[0][0] for answer in answers)
+    return answers[0]
+
+
+NAMED = ["--run_name", "run", "--train.steps"]
+
+
+def test_a_run_from_a_checkpoint_of_another_goes_on_with_its_own(group, tmp_path):
+    """A job with resume = PATH starts there; requeued with the same command, it goes on from where it was."""
+    assert begin_or_go_on(group, tmp_path, *NAMED, "2") == [0, "run"]
+    branch = ["--run_name", "branch", "--resume", str(tmp_path / "run")]
+    assert begin_or_go_on(group, tmp_path, *branch, "--train.steps", "4") == [2, "branch"]
+    assert begin_or_go_on(group, tmp_path, *branch, "--train.steps", "6") == [4, "branch"]
+
+
+def test_a_run_cannot_begin_in_its_own_past(group, tmp_path):
+    begin_or_go_on(group, tmp_path, *NAMED, "4", "--checkpoint.every", "2")
+    code, message = begin_or_go_on(group, tmp_path, *NAMED, "6", "--resume", str(tmp_path / "run/checkpoints/step_2"))
+    assert code == 2
+    assert "lies in the folder of this very run" in message
+    assert begin_or_go_on(group, tmp_path, *NAMED, "6") == [4, "run"]  # what it had is still there
+
+
+def test_other_data_are_refused_and_other_ways_to_read_them_are_not(group, tmp_path):
+    begin_or_go_on(group, tmp_path, *NAMED, "2")
+    code, message = begin_or_go_on(group, tmp_path, *NAMED, "4", fingerprint="another")
+    assert code == 2
+    assert "was made with other data (fingerprint fingerprint, now another)" in message
+    code, message = begin_or_go_on(group, tmp_path, *NAMED, "4", "--data.sequence_length", "64")
+    assert code == 2
+    assert "was made with other settings of data;" in message
+    assert begin_or_go_on(group, tmp_path, *NAMED, "4", "--data.validation_samples", "9") == [2, "run"]
+
+
+def test_a_second_run_in_a_slurm_job_needs_a_name(group, tmp_path):
+    job = {"SLURM_JOB_ID": "17"}
+    first, name = begin_or_go_on(group, tmp_path, "--train.steps", "2", environment=job)
+    code, message = begin_or_go_on(group, tmp_path, "--train.steps", "2", environment=job)
+    assert (first, code) == (0, 2)
+    assert f"has a run {tmp_path / name} already; name the second with --run_name" in message
+    requeued = job | {"SLURM_RESTART_COUNT": "1"}
+    assert begin_or_go_on(group, tmp_path, "--train.steps", "4", environment=requeued) == [2, name]
+
+
+def test_without_git(group, tmp_path):
+    assert begin_or_go_on(group, tmp_path, *NAMED, "2", environment={"PATH": str(tmp_path)}) == [0, "run"]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["git_commit"] is None
+
+
+def test_the_speed_is_that_of_the_ranks_now(group, tmp_path):
+    """The steps of an attempt on more ranks do not count in that of the next on fewer."""
+    begin_or_go_on(group, tmp_path, *NAMED, "3", size=2)
+    begin_or_go_on(group, tmp_path, *NAMED, "6", size=1)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert record["tokens_per_second"] == statistics.median(row["tokens_per_second"] for row in rows[4:])
+
+
 def test_the_record_says_what_ran(group, tmp_path):
     group(2)(CASES, "log_five_steps", str(tmp_path))
     record = json.loads((tmp_path / "run" / "run.json").read_text())

@@ -256,6 +256,10 @@ def test_what_is_printed(group, places, tmp_path, lora):
     assert f"training {count:,} of {total:,} parameters" in printed
     assert f"gradients {mine:,} bytes, AdamW's averages {2 * mine:,} bytes on this rank" in printed
     assert "3 FSDP units in float32" in printed
+    by_answer = re.findall(r"  where (.+) is right: (\d+) of (\d+)", printed)
+    assert sum(int(total) for _, _, total in by_answer) == 7  # all validation questions, each in one row
+    exact = sum(int(given) for _, given, _ in by_answer) / 7
+    assert f"exact match {100 * exact:.4f}" in printed
     assert re.search(r"after 1 steps  validation loss [\d.]+  exact match [\d.]+  f1 [\d.]+", printed)
 
 
@@ -412,7 +416,7 @@ def test_a_finished_training_is_exported_later(group, places, tmp_path):
     group(2)(CASES, "train", [*places_and_steps, "--export", "false"])
     assert not (tmp_path / "run" / "exported").exists()
     group(2)(CASES, "train", places_and_steps)
-    assert len(rows(tmp_path / "run")) == 1
+    assert len(rows(tmp_path / "run")) == 2  # the step, and the evaluation after it
     assert (tmp_path / "run" / "exported" / "model.safetensors").is_file()
 
 
