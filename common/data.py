@@ -72,26 +72,16 @@ class TokenDataset:
 
     def fingerprint(self) -> str:
         """A short hash of the content (of its ends and length, where the array is large)."""
-        ends = (
-            self.tokens if len(self.tokens) < 2**27 else np.concatenate([self.tokens[: 2**20], self.tokens[-(2**20) :]])
-        )
-        return f"{len(self.tokens)}:{hashlib.sha256(np.ascontiguousarray(ends).tobytes()).hexdigest()[:16]}"
+        tokens, end = self.tokens, 2**20
+        ends = tokens if len(tokens) < 2**27 else np.concatenate([tokens[:end], tokens[-end:]])
+        return f"{len(tokens)}:{hashlib.sha256(np.ascontiguousarray(ends).tobytes()).hexdigest()[:16]}"
 
 
 def standard_library_files() -> list[Path]:
     """The source files of Python's standard library, in a fixed order, without its tests and bundled tools."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {
-        "test",
-        "tests",
-        "idlelib",
-        "lib2to3",
-        "site-packages",
-        "dist-packages",
-        "turtledemo",
-        "ensurepip",
-        "pydoc_data",
-    }
+    skip = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "ensurepip",
+            "pydoc_data"}  # fmt: skip
     files = []
     for folder, folders, names in os.walk(root):
         folders[:] = set(folders) - skip  # not entered: site-packages may hold tens of thousands of files
