@@ -9,7 +9,6 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,11 +20,6 @@ from common.ranks import Place, choose_device, fail, read_environment
 
 warnings.filterwarnings("ignore", ".*srun. command is available")  # `read_launch` knows better
 warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)  # Lightning's, about torch's
-
-try:
-    metadata.version("lightning")  # `import lightning` alone would find this folder where the package is missing
-except metadata.PackageNotFoundError:
-    fail("this lesson needs the package lightning; install the core environment: make venv, or pip install lightning")
 
 
 @dataclass

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
+import environment  # noqa: F401  (first: it says when lightning is missing)
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision

@@ -16,13 +16,14 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
+import environment  # noqa: F401  (first: it says when lightning is missing)
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
-from settings import Launch, check_devices, read_launch
+from settings import Launch, arguments_and_file, check_devices, read_launch
 from torch import nn
 from torch.distributed.elastic.multiprocessing import errors as elastic
 from torch.nn.utils import clip_grad_norm_
@@ -299,4 +300,4 @@ def average_statistics(model: nn.Module, ranks: Ranks) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(LightningVisionConfig))
+    main(parse(LightningVisionConfig, arguments_and_file()))

@@ -1,15 +1,18 @@
 """Mistakes of a user: one line, a non-zero exit on every rank, in seconds; before Lightning misreads them."""
 
 import importlib.util
+import json
 import os
+import runpy
 import sys
 from types import SimpleNamespace
 
 import pytest
 from equality import SMALL
-from launching import ROOT, clean_environment, whose_rank_1_dies
+from launching import ROOT, clean_environment, run_command, whose_rank_1_dies
+from own_folder import own_folder
 
-from common.config import parse
+from common import config
 
 CASES, SCRIPT = "tests/lightning/cases.py", "lightning/train.py"
 
@@ -116,16 +119,51 @@ def test_launchers_are_understood(settings, monkeypatch, environment, devices, e
     assert settings.read_launch(config, "ddp") == expected
 
 
-@pytest.mark.parametrize(("arguments", "strategy"), [
-    ([], "single_device"), (["--config", "lightning/configs/fsdp.json"], "fsdp"), (["--strategy", "ddp"], "ddp"),
-    (["--config=lightning/configs/fsdp.json", "--strategy=ddp"], "ddp"),
+SCRIPTS = [SCRIPT, "lightning/fabric_loop.py", "lightning/train_vision.py"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("arguments", "seed"), [
+    ([], 1), (["--config", "other.json"], 2), (["--seed", "3"], 3), (["--config=other.json", "--seed=3"], 3),
 ])  # fmt: skip
-def test_which_settings_win(settings, monkeypatch, arguments, strategy):
+def test_which_settings_win(monkeypatch, tmp_path, script, arguments, seed):
     """--config beats CONFIG_FILE, and the command line beats both."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("CONFIG_FILE", "lightning/configs/single_device.json")
-    monkeypatch.setattr("sys.argv", ["lightning/train.py", *arguments])
-    assert parse(settings.LightningConfig, settings.arguments_and_file()).strategy == strategy
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("file.json", 1), ("other.json", 2)):
+        (tmp_path / name).write_text(json.dumps({"seed": value}))
+    monkeypatch.setenv("CONFIG_FILE", "file.json")
+    monkeypatch.setattr("sys.argv", [script, *arguments])
+    found, parse = [], config.parse
+
+    def parse_and_end(*inputs):
+        found.append(parse(*inputs))
+        raise SystemExit
+
+    monkeypatch.setattr(config, "parse", parse_and_end)
+    with own_folder(ROOT / script), pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert [settings.seed for settings in found] == [seed]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_the_package_one_line_says_what_to_install(tmp_path, script):
+    """The folder lightning/ would be imported in its place, as an empty package."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "from importlib import metadata\n"
+        "version = metadata.version\n"
+        "def without(name):\n"
+        "    if name == 'lightning':\n"
+        "        raise metadata.PackageNotFoundError(name)\n"
+        "    return version(name)\n"
+        "metadata.version = without\n"
+        "sys.modules['lightning.pytorch'] = sys.modules['lightning.fabric'] = None\n"  # importing them raises
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    result = run_command([sys.executable, script], 60, check=False, PYTHONPATH=path)
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: this lesson needs the package lightning; install the core environment: make venv")
 
 
 def test_a_rank_that_dies_takes_the_others_with_it(launch, tmp_path):
