@@ -294,6 +294,24 @@ def single_process(device: str = "auto") -> Ranks:
     return Ranks(0, 1, 0, 1, place.launcher, choose_device(device, place))
 
 
+def before_joining() -> None:
+    """What comes before a process group: `join` does it, and who lets a framework start the group calls it.
+
+    Raises:
+        SystemExit: (exit code 2) torchrun has restarted the ranks, and they would not find each other.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        fail(
+            f"torchrun has restarted the ranks (restart {restarts}), and its store still has the addresses of the dead "
+            f"ones, which Gloo would try; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun --max-restarts"
+        )
+    # A wrapped model and its hooks refer to each other and to the process group, whose threads must end before Python
+    # does: such circles are freed while it is still whole.
+    atexit.unregister(gc.collect)  # once is enough, however often a process joins
+    atexit.register(gc.collect)
+
+
 def join(device: str = "auto", timeout_s: float = 600.0, network_profile: str = "default") -> Ranks:
     """Join the process group with all other ranks: NCCL for tensors on GPUs, Gloo for tensors on the CPU.
 
@@ -306,21 +324,12 @@ def join(device: str = "auto", timeout_s: float = 600.0, network_profile: str = 
         SystemExit: (exit code 2) half-set environment, no device, port in use, a rank that never came.
     """
     place = read_environment()
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        fail(
-            f"torchrun has restarted the ranks (restart {restarts}), and its store still has the addresses of the dead "
-            f"ones, which Gloo would try; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun --max-restarts"
-        )
+    before_joining()
     try:
         network.apply(network_profile)
     except ValueError as error:
         fail(str(error))
     chosen = choose_device(device, place)
-    # A wrapped model and its hooks refer to each other and to the process group, whose threads must end before Python
-    # does: such circles are freed while it is still whole.
-    atexit.unregister(gc.collect)  # once is enough, however often a process joins
-    atexit.register(gc.collect)
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     device_id = chosen if chosen.type == "cuda" else None

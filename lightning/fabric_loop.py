@@ -11,10 +11,11 @@ its hooks is which line.
 
 from datetime import timedelta
 
+import environment  # noqa: F401  (first: it says when lightning is missing)
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
-from settings import FabricConfig, read_launch
+from settings import FabricConfig, arguments_and_file, read_launch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from common.config import parse
@@ -113,4 +114,4 @@ def evaluate(model: Transformer, dataset, batch_size: int, ranks: Ranks, fabric:
 
 
 if __name__ == "__main__":
-    main(parse(FabricConfig))
+    main(parse(FabricConfig, arguments_and_file()))

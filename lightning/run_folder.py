@@ -3,6 +3,7 @@
 Lightning calls the hooks; the callback asks `common.run.Run` what to do, and tells Lightning.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class RunFolder(Callback):
         config, device, sharded = self.config, trainer.strategy.root_device, isinstance(module.model, FSDPModule)
         place = trainer.global_rank, trainer.world_size, trainer.local_rank, self.launch.devices
         self.ranks = Ranks(*place, self.launch.launcher, device)
+        if config.strategy == "deepspeed":  # of which nothing can go on: an existing run is refused, not overwritten
+            config = replace(config, resume="never")
         length = config.data.sequence_length
         tokens, flops = config.batch.global_size * length, flops_per_token(config.model, length)
         alone = dist.new_subgroups(1)[0] if sharded else None  # no other rank holds what this one does

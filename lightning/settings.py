@@ -9,7 +9,6 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,15 +16,10 @@ import torch
 
 from common import network
 from common.config import Config
-from common.ranks import Place, choose_device, fail, read_environment
+from common.ranks import Place, before_joining, choose_device, fail, read_environment
 
 warnings.filterwarnings("ignore", ".*srun. command is available")  # `read_launch` knows better
 warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)  # Lightning's, about torch's
-
-try:
-    metadata.version("lightning")  # `import lightning` alone would find this folder where the package is missing
-except metadata.PackageNotFoundError:
-    fail("this lesson needs the package lightning; install the core environment: make venv, or pip install lightning")
 
 
 @dataclass
@@ -110,6 +104,7 @@ def read_launch(config: Any, strategy: str) -> Launch:
     Raises:
         SystemExit: (exit code 2) the launcher and the settings contradict each other.
     """
+    before_joining()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # no tips, and no lines about TPUs
     env = os.environ
@@ -143,9 +138,14 @@ def read_launch(config: Any, strategy: str) -> Launch:
         found = f"devices = {config.devices}, but {launcher} started {devices} process(es) on each node"
         fail(f"{found}; make {how} equal to devices, or leave devices out")
     device = choose_device(config.device, place)
-    if device.type == "cuda" and torch.cuda.device_count() < devices:
-        found = f"{devices} processes on this node, and each sees {torch.cuda.device_count()} GPU(s)"
-        fail(f"{found}; Lightning wants all to see all of them: ask for --gpus-per-node={devices}, not --gpus-per-task")
+    if device.type == "cuda":
+        gpus = torch.cuda.device_count()
+        found = f"{devices} process(es) on this node, and each sees {gpus} GPU(s)"
+        if launcher == "srun" and gpus != devices:  # with fewer tasks, GPUs would idle and nobody notice
+            advice = "make --ntasks-per-node and --gpus-per-node equal"
+            fail(f"{found}; {advice} (not --gpus-per-task: Lightning wants each to see all)")
+        if gpus < devices:
+            fail(f"{found}; start one process per GPU, or use --device cpu")
     launch = Launch(devices, nodes, launcher, device.type)
     if strategy == "single_device" and launch.world_size > 1:
         found = f"strategy = single_device, and {launch.world_size} processes: as many identical runs"
@@ -180,7 +180,10 @@ def mesh_shape(config: LightningConfig, launch: Launch) -> tuple[int, int]:
         if config.batch.micro_size not in (None, config.batch.global_size // world):
             found = f"batch.micro_size = {config.batch.micro_size} with strategy = deepspeed"
             fail(f"{found}: DeepSpeed and Lightning would both divide by the accumulation; leave batch.micro_size out")
-        if config.resume != "auto" or config.train.precision == "fp64":
+        if config.checkpoint.every:
+            found = f"checkpoint.every = {config.checkpoint.every} with strategy = deepspeed"
+            fail(f"{found}: only the end is saved, in DeepSpeed's own format; leave it out, or use deepspeed/train.py")
+        if config.resume not in ("auto", "never") or config.train.precision == "fp64":
             found = f"resume = {config.resume}, train.precision = {config.train.precision} with strategy = deepspeed"
             fail(f"{found}; expected auto, and fp32, bf16 or fp16; deepspeed/train.py resumes")
     if config.strategy in ("fsdp", "tensor_parallel") and config.train.precision == "fp16":

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
+import environment  # noqa: F401  (first: it says when lightning is missing)
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -159,8 +160,9 @@ class GPT(LightningModule):
         norm = clip_grad_norm_(self.model.parameters(), gradient_clip_val)
         self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of all shards and slices
 
-    # `self.log("val_loss", …, sync_dist=True)` weighs batches by their samples, in fp32. The loss is one of tokens, and
-    # batches that only keep sharded ranks company would count: so sums and counts.
+    # `self.log("val_loss", …, sync_dist=True)` weighs batches by their samples, in fp32, and drops from the count what
+    # the ranks do not divide. The loss is one of tokens, and batches that only keep sharded ranks company would count:
+    # so sums and counts.
     def on_validation_epoch_start(self) -> None:
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, tokens
 

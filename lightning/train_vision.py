@@ -9,20 +9,19 @@ What was one loop there is cut up here into what the Trainer calls: a data modul
 module what to do with one, a callback what to note down. Each part says which of Lightning's habits it has to mind.
 """
 
-import signal
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
+import environment  # noqa: F401  (first: it says when lightning is missing)
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
-from settings import Launch, check_devices, read_launch
+from settings import Launch, arguments_and_file, check_devices, read_launch
 from torch import nn
 from torch.distributed.elastic.multiprocessing import errors as elastic
 from torch.nn.utils import clip_grad_norm_
@@ -36,8 +35,7 @@ from common.ranks import Ranks, fail
 from common.run import Run
 from common.vision import VisionConfig, build_model
 
-# What Lightning 2.6 says outside of srun where Slurm is installed, and with a torch that is newer than itself.
-DATED = r"The `srun` command is available|`broadcast_buffers` is deprecated|`isinstance\(treespec, LeafSpec\)`"
+warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # by a torch that is newer than Lightning
 
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp64": "64-true"}
 
@@ -56,16 +54,14 @@ class LightningVisionConfig(VisionConfig):
 
 @elastic.record  # torchrun then reports the rank that failed first, and why
 def main(config: LightningVisionConfig) -> None:
-    warnings.filterwarnings("ignore", DATED)
     if config.train.precision == "fp16":
-        fail("train.precision = fp16: the Trainer cannot clip gradients that a fused optimizer unscales; use bf16")
+        fail("train.precision = fp16 is not built in here; use bf16 (lightning/train.py has fp16, and its unscaling)")
     launch = read_launch(config, "ddp")
     on_gpu = launch.device_type == "cuda"
 
     # ---- data: the batch of step N is a pure function of the seed and N, random crops and flips included
     train_set, validation_set, classes = image_datasets(config.data)
     plan = BatchPlan(config.batch, len(train_set), config.seed, 0, launch.world_size)
-    data = VisionData(config, plan, train_set, validation_set)
 
     # ---- model: built before the Trainer, which would draw the weights of a "64-true" training in fp64
     example = train_set[0][0].unsqueeze(0)  # (1, channels, height, width)
@@ -86,12 +82,11 @@ def main(config: LightningVisionConfig) -> None:
     # ---- the lesson: what the Trainer is told, and from then on it does. Its own sampler, logger, progress bar and
     # checkpoints (pickles that fit no other script) stay off: here they are those of every other script.
     record = Record(config, launch, flops)
+    data = VisionData(config, plan, train_set, validation_set, record)
     trainer = Trainer(
         accelerator=launch.device_type,
         devices=launch.devices,
         num_nodes=launch.nodes,
-        # Under Slurm the Trainer would requeue the job itself; slurm/job_env.sh sees to that, for every framework.
-        plugins=[SLURMEnvironment(auto_requeue=False)] if launch.launcher == "srun" else [],
         # DDP would send rank 0's statistics around when validation begins (and a rank that has no image to validate
         # would not be there to take them); average_statistics has made them agree already.
         strategy=DDPStrategy(
@@ -100,7 +95,7 @@ def main(config: LightningVisionConfig) -> None:
         precision=PRECISION[config.train.precision],
         sync_batchnorm=config.model.sync_batchnorm,
         accumulate_grad_batches=plan.accumulation,
-        max_epochs=-1,  # the callback says when to stop
+        max_epochs=1,  # all steps; the callback says which is next
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         logger=False,
@@ -110,26 +105,30 @@ def main(config: LightningVisionConfig) -> None:
         callbacks=[record],
     )
     trainer.fit(VisionModule(config, model), data)
-    record.run.finish()
     record.ranks.leave()  # a barrier, then the end of the process group
 
 
 class VisionData(LightningDataModule):
-    """Where batches come from. One epoch of the Trainer is what lies between two evaluations, after which it validates.
+    """Where batches come from.
 
     Args:
         config: the settings.
         plan: that of rank 0.
         train_set, validation_set: from `image_datasets`.
+        record: knows which step is next.
     """
 
     def __init__(
-        self, config: VisionConfig, plan: BatchPlan, train_set: ImageDataset, validation_set: ImageDataset
+        self,
+        config: VisionConfig,
+        plan: BatchPlan,
+        train_set: ImageDataset,
+        validation_set: ImageDataset,
+        record: "Record",
     ) -> None:
         super().__init__()
-        self.config, self.plan, self.train_set, self.validation_set = config, plan, train_set, validation_set
-        self.step = 0
-        """The step that is loaded next; the callback sets it where a run goes on."""
+        self.config, self.plan, self.record = config, plan, record
+        self.train_set, self.validation_set = train_set, validation_set
 
     def setup(self, stage: str) -> None:
         """On every rank, as soon as it knows its number: take its part of the plan."""
@@ -137,32 +136,38 @@ class VisionData(LightningDataModule):
         self.device = self.trainer.strategy.root_device
         self.loader = Loader(self.train_set, self.plan, self.device, self.config.data.workers)
 
-    def train_dataloader(self) -> "Epochs":
-        """Micro-batches: images (micro_size, channels, height, width), labels (micro_size,) int64."""
-        return Epochs(self.epoch)
+    def train_dataloader(self) -> "Batches":
+        return Batches(self)
 
-    def epoch(self) -> Iterator[Any]:
-        steps, every = self.config.train.steps, self.config.train.eval_every
-        end = min(steps, (self.step // every + 1) * every) if every else steps
-        while self.step < end:
-            for micro_batch, _ in self.loader.micro_batches(self.step):
-                yield micro_batch
-            self.step += 1
-
-    def val_dataloader(self) -> "Epochs":
-        """This rank's part of the validation set: every image on exactly one rank."""
-        place = (self.device, self.plan.rank, self.plan.world_size, self.config.data.workers)
-        return Epochs(lambda: evaluation_batches(self.validation_set, self.plan.micro_size, *place))
+    def val_dataloader(self) -> "EvaluationBatches":
+        return EvaluationBatches(self)
 
 
-class Epochs:
-    """What the Trainer wants of a loader: something to iterate over, once an epoch; `make` makes the iterators."""
+class Batches:
+    """Micro-batches of the steps to do: images (micro_size, channels, height, width), labels (micro_size,) int64."""
 
-    def __init__(self, make) -> None:
-        self.make = make
+    def __init__(self, data: VisionData) -> None:
+        self.data = data
+
+    def __len__(self) -> int:  # with a length, Lightning asks for no batch before it needs it
+        return self.data.config.train.steps * self.data.plan.accumulation
 
     def __iter__(self) -> Iterator[Any]:
-        return self.make()
+        while (step := self.data.record.step) is not None:
+            for micro_batch, _ in self.data.loader.micro_batches(step):
+                yield micro_batch
+
+
+class EvaluationBatches:
+    """This rank's part of the validation set: every image on exactly one rank."""
+
+    def __init__(self, data: VisionData) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        plan = self.data.plan
+        place = self.data.device, plan.rank, plan.world_size, self.data.config.data.workers
+        return evaluation_batches(self.data.validation_set, plan.micro_size, *place)
 
 
 class VisionModule(LightningModule):
@@ -202,7 +207,7 @@ class VisionModule(LightningModule):
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, right answers, images
 
     def validation_step(self, batch, batch_index: int) -> None:
-        """Add up. `self.log(…, sync_dist=True)` would take the mean of the ranks' means, which is another number."""
+        """Add up. `self.log(…, sync_dist=True)` would divide by too few images where the ranks do not divide them."""
         images, labels = batch
         logits = self.model(images)
         loss_sum = F.cross_entropy(logits, labels, reduction="sum")
@@ -213,6 +218,8 @@ class VisionModule(LightningModule):
 class Record(Callback):
     """Drives `common.run.Run` from the Trainer's hooks: learning rate, metric line, evaluation, checkpoint, stop.
 
+    It decides which step comes next: `step` is None when the training ends.
+
     Args:
         config: the settings.
         launch: who started how many processes.
@@ -221,37 +228,26 @@ class Record(Callback):
 
     def __init__(self, config: VisionConfig, launch: Launch, flops: float) -> None:
         self.config, self.launch, self.flops = config, launch, flops
+        self.step: int | None = None
 
-    def on_fit_start(self, trainer: Trainer, module: VisionModule) -> None:
-        """Open the run and load the checkpoint it goes on from: before the Trainer asks for the first batch."""
+    def on_train_start(self, trainer: Trainer, module: VisionModule) -> None:
+        """Open the run and load the checkpoint it goes on from.
+
+        Here, and no earlier: Lightning has just installed its signal handlers, which would end a stopped training
+        without a checkpoint; those of Run take their place.
+        """
         place = (trainer.global_rank, trainer.world_size, trainer.local_rank, self.launch.devices, self.launch.launcher)
         self.ranks = Ranks(*place, trainer.strategy.root_device)
-        data = trainer.datamodule
-        images_per_step, fingerprint = self.config.batch.global_size, data.train_set.fingerprint()
+        images_per_step, fingerprint = self.config.batch.global_size, trainer.datamodule.train_set.fingerprint()
         self.run = Run(
             self.config, self.ranks, "ddp", images_per_step, "images",
             flops_per_unit=self.flops, fingerprint=fingerprint, framework="lightning",
         )  # fmt: skip
         self.run.say(f"{self.flops / 1e6:.4g} MFLOP per image: three times the forward, as torch counts it")
         self.run.restore(module.model, trainer.optimizers[0])
-        data.step = self.run.first_step  # not trainer.global_step, which counts from 0 in every process
-        self.steps = self.run.steps()
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        self.on_sigterm = signal.getsignal(signal.SIGTERM)
-        self.next_step(trainer)
-
-    def on_train_start(self, trainer: Trainer, module: VisionModule) -> None:
-        """Lightning has put its own answer to SIGTERM before Run's, and would end without a checkpoint: undo that."""
-        signal.signal(signal.SIGTERM, self.on_sigterm)
-
-    def next_step(self, trainer: Trainer) -> None:
-        """Begin a step: seeds. After the last, or when any rank was told to stop: end the Trainer's loop."""
-        step = next(self.steps, None)
-        if step is None:
-            trainer.should_stop = True
-            trainer.limit_val_batches = 0  # a Trainer that is stopped validates first; whoever stops it is in a hurry
-        else:
-            self.step = step
+        self.steps = self.run.steps()
+        self.step = next(self.steps, None)
 
     def on_before_optimizer_step(self, trainer: Trainer, module: VisionModule, optimizer) -> None:
         """After backward, before clipping and the update."""
@@ -260,13 +256,17 @@ class Record(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: VisionModule, outputs, batch, batch_index: int) -> None:
         """A batch of the Trainer is a micro-batch: only after the last of a step is there something to note."""
+        # The Trainer evaluates after so many batches; our settings say after so many steps. 1: now; inf: not now.
+        trainer.val_check_batch = float("inf")
         self.loss_sum += outputs["loss_sum"]
         if (batch_index + 1) % trainer.accumulate_grad_batches:
             return
         average_statistics(module.model, self.ranks)
         self.run.log(self.step, self.loss_sum, module.grad_norm, self.lr)  # read one step late: nobody waits
         self.loss_sum = torch.zeros_like(self.loss_sum)
-        if not self.run.wants_evaluation(self.step):
+        if self.run.wants_evaluation(self.step):
+            trainer.val_check_batch = 1
+        else:
             self.end_step(trainer, module)
 
     def on_validation_end(self, trainer: Trainer, module: VisionModule) -> None:
@@ -276,8 +276,13 @@ class Record(Callback):
         self.end_step(trainer, module)
 
     def end_step(self, trainer: Trainer, module: VisionModule) -> None:
+        """Save if it is time to, and see which step is next; none, at the same step on all ranks, after a stop."""
         self.run.save_if_due(self.step, module.model, trainer.optimizers[0])
-        self.next_step(trainer)
+        self.step = next(self.steps, None)
+
+    def on_train_end(self, trainer: Trainer, module: VisionModule) -> None:
+        """Write curve and summary."""
+        self.run.finish()
 
 
 @torch.no_grad()
@@ -299,4 +304,4 @@ def average_statistics(model: nn.Module, ranks: Ranks) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(LightningVisionConfig))
+    main(parse(LightningVisionConfig, arguments_and_file()))

@@ -20,7 +20,8 @@ What is wanted here: samplers of one's own, that one can reason about.
 - Training: in each epoch another order, drawn from SEED and the epoch, of which each rank takes its part: every sample
   once on one rank. (Ranks × batch size divides the number of samples: a rank with a batch more would wait for ever.)
 - Evaluation: every sample once on one rank, any number of samples (not fewer than ranks), so shares may differ; and the
-  mean over all of them. `self.log(…, sync_dist=True)` is the mean of the ranks' means, which is another number.
+  mean over all of them. `self.log(…, sync_dist=True)` divides by a number of samples from which it has dropped what the
+  ranks do not divide: 25 samples on 2 ranks count as 24.
 
 Fill the gaps. Graded on 2 and 3 ranks: who saw which sample in three epochs of a Trainer, and the validation loss
 against that of one process, to 1e-12 in fp64.

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from own_folder import own_folder
 
@@ -131,13 +132,47 @@ def held(arguments: list[str]) -> dict[str, object]:
     return seen
 
 
-def communication(arguments: list[str]) -> dict[str, int]:
-    """Run it, and count what travels while Lightning trains: reductions of gradients, and Lightning's broadcasts."""
+def train_changed(arguments: list[str], text: str, other: str) -> None:
+    """Run the script with `other` in the place of a text: a mistake, to see what comes of it."""
+    path = ROOT / SCRIPT
+    source = path.read_text()
+    assert source.count(text) == 1
+    sys.argv = [str(path), *arguments]
+    with own_folder(path), same_environment():
+        exec(compile(source.replace(text, other), SCRIPT, "exec"), {"__name__": "__main__"})
+
+
+def logged_mean(samples: int) -> float:
+    """What `self.log(…, sync_dist=True)` says of a loss that is 1 for each of so many samples, over the ranks."""
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.utils.data import DataLoader
+
+    class Ones(LightningModule):
+        def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            self.log("loss", batch.mean(), sync_dist=True)
+
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    mine = DataLoader(torch.ones(len(range(rank, samples, ranks)), 1), batch_size=4)
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    with same_environment():
+        trainer = Trainer(accelerator="cpu", devices=ranks, strategy="ddp", use_distributed_sampler=False, **options)
+        (found,) = trainer.validate(Ones(), mine, verbose=False)
+        dist.destroy_process_group()
+    return found["loss"]
+
+
+def communication(arguments: list[str], hold_back: bool = True) -> dict[str, int]:
+    """Run it, and count what travels while Lightning trains: reductions of gradients, and Lightning's broadcasts.
+
+    hold_back: False takes away what holds FSDP's reductions back until the last micro-batch.
+    """
     import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
+    from torch.distributed.fsdp import FSDPModule
     from torch.nn.parallel import DistributedDataParallel
 
     counts = {"gradients": 0, "broadcasts": 0}
     forward, reduce, broadcast = DistributedDataParallel.forward, param_group.foreach_reduce, dist.broadcast
+    holding = FSDPModule.set_requires_gradient_sync
 
     def noted_forward(self, *inputs, **named):
         counts["gradients"] += self.training and self.require_backward_grad_sync  # DDP's own flag, set by no_sync
@@ -153,12 +188,15 @@ def communication(arguments: list[str]) -> dict[str, int]:
 
     DistributedDataParallel.forward, param_group.foreach_reduce = noted_forward, noted_reduce
     dist.broadcast = noted_broadcast  # torch's own callers have it by another name
+    if not hold_back:
+        FSDPModule.set_requires_gradient_sync = lambda *_: None
     try:
         train(arguments)
     finally:
         DistributedDataParallel.forward, param_group.foreach_reduce, dist.broadcast = forward, reduce, broadcast
+        FSDPModule.set_requires_gradient_sync = holding
     return counts
 
 
 train.joins_itself = ends.joins_itself = train_until.joins_itself = counted.joins_itself = True
-held.joins_itself = communication.joins_itself = True
+held.joins_itself = communication.joins_itself = train_changed.joins_itself = logged_mean.joins_itself = True

@@ -1,15 +1,19 @@
 """Mistakes of a user: one line, a non-zero exit on every rank, in seconds; before Lightning misreads them."""
 
+import gc
 import importlib.util
+import json
 import os
+import runpy
 import sys
 from types import SimpleNamespace
 
 import pytest
 from equality import SMALL
-from launching import ROOT, clean_environment, whose_rank_1_dies
+from launching import ROOT, clean_environment, run_command, whose_rank_1_dies
+from own_folder import own_folder
 
-from common.config import parse
+from common import config
 
 CASES, SCRIPT = "tests/lightning/cases.py", "lightning/train.py"
 
@@ -74,6 +78,8 @@ def settings(monkeypatch):
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "lightning", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2"}
 STEP = JOB | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
               "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}  # fmt: skip
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a",
+            "MASTER_PORT": "1"}  # fmt: skip
 CHILD = {"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "20001"}
 
 
@@ -89,6 +95,8 @@ CHILD = {"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": 
     ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
       "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, None, "ddp", "started by mpirun; expected torchrun, srun"),
     ({"LOCAL_RANK": "0"}, None, "ddp", "half-set torchrun environment"),
+    (TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}, None, "ddp",
+     "torchrun has restarted the ranks (restart 1)"),
 ])  # fmt: skip
 def test_launcher_and_settings_contradict(settings, monkeypatch, capsys, environment, devices, strategy, words):
     for name, value in environment.items():
@@ -105,27 +113,108 @@ def test_launcher_and_settings_contradict(settings, monkeypatch, capsys, environ
     (CHILD, None, (3, 1, "lightning", "cpu")),
     (STEP, None, (2, 2, "srun", "cpu")),
     (STEP, 2, (2, 2, "srun", "cpu")),
-    ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a",
-      "MASTER_PORT": "1"}, None, (2, 2, "torchrun", "cpu")),
+    (TORCHRUN, None, (2, 2, "torchrun", "cpu")),
     (JOB | {"SLURM_JOB_NAME": "bash"}, 2, (2, 1, "lightning", "cpu")),  # as Lightning has it
 ])  # fmt: skip
 def test_launchers_are_understood(settings, monkeypatch, environment, devices, expected):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    at_the_end = []
+    monkeypatch.setattr("atexit.register", at_the_end.append)
     config = SimpleNamespace(device="auto", devices=devices, network_profile="default")
     assert settings.read_launch(config, "ddp") == expected
+    assert gc.collect in at_the_end  # circles around the process group are freed before Python ends
 
 
-@pytest.mark.parametrize(("arguments", "strategy"), [
-    ([], "single_device"), (["--config", "lightning/configs/fsdp.json"], "fsdp"), (["--strategy", "ddp"], "ddp"),
-    (["--config=lightning/configs/fsdp.json", "--strategy=ddp"], "ddp"),
+@pytest.mark.parametrize(("environment", "devices", "gpus", "words"), [
+    (STEP, None, 4, "2 process(es) on this node, and each sees 4 GPU(s); make --ntasks-per-node and --gpus-per-node"),
+    (STEP, None, 1, "each sees 1 GPU(s); make --ntasks-per-node and --gpus-per-node equal (not --gpus-per-task"),
+    (STEP, None, 2, None),
+    ({}, 2, 1, "2 process(es) on this node, and each sees 1 GPU(s); start one process per GPU, or use --device cpu"),
+    ({}, 1, 4, None),
+    (TORCHRUN, None, 4, None),
 ])  # fmt: skip
-def test_which_settings_win(settings, monkeypatch, arguments, strategy):
+def test_as_many_processes_as_gpus(settings, monkeypatch, capsys, environment, devices, gpus, words):
+    """With fewer tasks than GPUs under srun some would idle; elsewhere the user has chosen how many."""
+    for name, value in (environment | {"DEVICE": "cuda"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(settings.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(settings.torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(settings.torch.cuda, "set_device", lambda index: None)
+    config = SimpleNamespace(device="auto", devices=devices, network_profile="default")
+    if words is None:
+        assert settings.read_launch(config, "ddp").device_type == "cuda"
+        return
+    with pytest.raises(SystemExit) as ended:
+        settings.read_launch(config, "ddp")
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--checkpoint.every", "10"], "checkpoint.every = 10 with strategy = deepspeed: only the end is saved"),
+    (["--resume", "runs/other"], "resume = runs/other"),
+    (["--train.precision", "fp64"], "train.precision = fp64"),
+    (["--batch.micro_size", "3"], "batch.micro_size = 3"),
+    (["--resume", "never"], None),
+])  # fmt: skip
+def test_what_does_not_go_with_deepspeed(settings, capsys, arguments, words):
+    parsed = config.parse(settings.LightningConfig, ["--strategy", "deepspeed", *arguments])
+    launch = settings.Launch(2, 1, "torchrun", "cuda")
+    if words is None:
+        assert settings.mesh_shape(parsed, launch) == (2, 1)
+        return
+    with pytest.raises(SystemExit) as ended:
+        settings.mesh_shape(parsed, launch)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+SCRIPTS = [SCRIPT, "lightning/fabric_loop.py", "lightning/train_vision.py"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("arguments", "seed"), [
+    ([], 1), (["--config", "other.json"], 2), (["--seed", "3"], 3), (["--config=other.json", "--seed=3"], 3),
+])  # fmt: skip
+def test_which_settings_win(monkeypatch, tmp_path, script, arguments, seed):
     """--config beats CONFIG_FILE, and the command line beats both."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("CONFIG_FILE", "lightning/configs/single_device.json")
-    monkeypatch.setattr("sys.argv", ["lightning/train.py", *arguments])
-    assert parse(settings.LightningConfig, settings.arguments_and_file()).strategy == strategy
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("file.json", 1), ("other.json", 2)):
+        (tmp_path / name).write_text(json.dumps({"seed": value}))
+    monkeypatch.setenv("CONFIG_FILE", "file.json")
+    monkeypatch.setattr("sys.argv", [script, *arguments])
+    found, parse = [], config.parse
+
+    def parse_and_end(*inputs):
+        found.append(parse(*inputs))
+        raise SystemExit
+
+    monkeypatch.setattr(config, "parse", parse_and_end)
+    with own_folder(ROOT / script), pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert [settings.seed for settings in found] == [seed]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_the_package_one_line_says_what_to_install(tmp_path, script):
+    """The folder lightning/ would be imported in its place, as an empty package."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "from importlib import metadata\n"
+        "version = metadata.version\n"
+        "def without(name):\n"
+        "    if name == 'lightning':\n"
+        "        raise metadata.PackageNotFoundError(name)\n"
+        "    return version(name)\n"
+        "metadata.version = without\n"
+        "sys.modules['lightning.pytorch'] = sys.modules['lightning.fabric'] = None\n"  # importing them raises
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    result = run_command([sys.executable, script], 60, check=False, PYTHONPATH=path)
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: this lesson needs the package lightning; install the core environment: make venv")
 
 
 def test_a_rank_that_dies_takes_the_others_with_it(launch, tmp_path):

@@ -149,3 +149,24 @@ def test_told_to_stop(tmp_path, launcher, how):
     assert (tmp_path / "run" / "checkpoints" / f"step_{done}" / "manifest.json").is_file()
     assert [row["step"] for row in read_rows(tmp_path / "run")] == list(range(done))
     assert f"stopped after {done} of 4000 steps" in output
+
+
+@slow
+@pytest.mark.slurm
+@pytest.mark.alone
+@pytest.mark.parametrize(("script", "options"), [
+    ("lightning/train.py", ["--train.steps", "60"]),
+    ("lightning/train_vision.py", ["--train.steps", "600", "--model.name", "small_cnn"]),
+])  # fmt: skip
+def test_requeued_by_slurm(cluster, script, options):
+    """Slurm's warning goes to the batch script; the ranks save, the job is requeued once, and goes on."""
+    job = cluster.submit("lightning/single_node.sbatch", *options, SCRIPT=script)
+    cluster.wait_for_text(job, r"step +10 ")
+    cluster.on_login("scancel", "--batch", "--signal=USR1", job)
+    text = cluster.completed(job, timeout=240)
+    assert cluster.show(job)["Restarts"] == "1"
+    assert text.count("resumed from") == 1
+    steps = int(options[1])
+    assert f"finished after {steps} of {steps} steps" in text
+    assert [row["step"] for row in read_rows(cluster.run_folder(job))] == list(range(steps))
+    assert not list(ROOT.glob("hpc_ckpt*"))  # Lightning's own way to be requeued

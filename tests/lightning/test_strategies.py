@@ -86,15 +86,17 @@ def test_what_a_rank_holds(group, tmp_path, strategy, ranks, dimensions, part, p
         assert held["placements"] == placements
 
 
-@pytest.mark.parametrize(("strategy", "every"), [("ddp", 4), ("fsdp", 4)])
-def test_gradients_travel_once_a_step(group, tmp_path, strategy, every):
-    """With four micro-batches a step: held back by Lightning for DDP, by the module for FSDP."""
-    options = ["--strategy", strategy, "--runs_dir", str(tmp_path), "--batch.micro_size", str(12 // every)]
-    for counts in group(2)(CASES, "communication", [*QUICK, *options]):
-        # DDP has one bucket for so small a model; FSDP one reduce-scatter a unit. Three steps, and DDP's first.
-        assert counts["gradients"] == 3 * (1 if strategy == "ddp" else 3), counts
+@pytest.mark.parametrize(("strategy", "hold_back", "a_step"), [
+    # DDP has one bucket for so small a model; FSDP one reduce-scatter a unit.
+    ("ddp", True, 1), ("fsdp", True, 3), pytest.param("fsdp", False, 3 * 4, marks=slow),
+])  # fmt: skip
+def test_gradients_travel_once_a_step(group, tmp_path, strategy, hold_back, a_step):
+    """With four micro-batches a step: held back by Lightning for DDP, by the module for FSDP, or by nobody."""
+    options = ["--strategy", strategy, "--runs_dir", str(tmp_path), "--batch.micro_size", "3"]
+    for counts in group(2)(CASES, "communication", [*QUICK, *options], hold_back):
+        assert counts["gradients"] == 3 * a_step, counts
         # What Lightning adds: before each micro-batch all ranks ask rank 0 whether it was told to end.
-        assert counts["broadcasts"] == 3 * every, counts
+        assert counts["broadcasts"] == 3 * 4, counts
 
 
 WITHOUT_THE_GUARD = """
@@ -122,9 +124,14 @@ def test_deepspeed_where_lightning_lets_it_run(launch, single_device, tmp_path):
     (tmp_path / "unguarded.py").write_text(WITHOUT_THE_GUARD)
     options = ["--train.steps", "6", "--train.eval_every", "4"]
     more = ["--strategy", "deepspeed", "--run_name", "many"]
-    launch(tmp_path / "unguarded.py", ROOT / "lightning", *SMALL, *options, *more, env={"DS_ACCELERATOR": "cpu"})
+    command = [tmp_path / "unguarded.py", ROOT / "lightning", *SMALL, *options, *more]
+    launch(*command, env={"DS_ACCELERATOR": "cpu"})
     assert_same_rows(single_device(*SMALL, *options), tmp_path / "runs" / "many", 1e-5)  # fp32, as everywhere
     assert (tmp_path / "runs" / "many" / "checkpoints" / "deepspeed" / "latest").is_file()
+    # Nothing can go on from it: a second run of this name (a requeued job) would begin anew, and empty the record.
+    again = launch(*command, env={"DS_ACCELERATOR": "cpu"}, check=False)
+    assert "exists already, and resume = never; choose another run_name" in again.stderr
+    assert again.stderr.count("error: ") >= 1 and len(read_rows(tmp_path / "runs" / "many")) == 6
 
 
 @slurm

@@ -102,3 +102,22 @@ def test_steps_and_effective_batch(group, tmp_path, strategy, ranks, accumulatio
     assert [row["tokens"] for row in read_rows(tmp_path / "many")] == [24 * 16, 2 * 24 * 16, 3 * 24 * 16]
     counts = {t.item() for name, t in read_checkpoint(tmp_path / "many", 3).items() if name.endswith(".step")}
     assert counts == {3}  # the optimizer's own count
+
+
+@pytest.mark.parametrize(("factor", "too_small"), [
+    (" * accumulation", 4), pytest.param(" * self.data_parallel", 2, marks=slow),
+])  # fmt: skip
+def test_a_factor_left_out_shows_in_the_norm_alone(group, tmp_path, factor, too_small):
+    """On two ranks with four micro-batches: the two rows of the README's table."""
+    options = ["--train.steps", "1", "--batch.micro_size", "3"]
+    for folder, function, more in (("right", "train", []), ("wrong", "train_changed", [factor, ""])):
+        group(2)(CASES, function, arguments(tmp_path / folder, "ddp", *options), *more)
+    (right,), (wrong,) = (read_rows(tmp_path / folder / "many") for folder in ("right", "wrong"))
+    assert wrong["loss"] == right["loss"]
+    assert wrong["grad_norm"] * too_small == pytest.approx(right["grad_norm"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("samples", "mean"), [(24, 1), (25, 25 / 24)])
+def test_lightnings_own_mean_drops_what_the_ranks_do_not_divide(group, samples, mean):
+    """A loss that is 1 everywhere. The number of samples is averaged over the ranks as an integer: 25 / 2 is 12."""
+    assert group(2)(CASES, "logged_mean", samples) == [pytest.approx(mean, rel=1e-6)] * 2
