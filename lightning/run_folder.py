@@ -7,15 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from settings import Launch, LightningConfig
-from torch.distributed.fsdp import FSDPModule
 
 from common.data import TokenDataset
 from common.flops import explain, flops_per_token
 from common.optimizer import learning_rate, set_learning_rate
-from common.ranks import Ranks
+from common.ranks import Ranks, fail
 from common.run import Run
 
 
@@ -36,16 +34,15 @@ class RunFolder(Callback):
         Here, and no earlier: Lightning has just installed its signal handlers, which would end a stopped training
         without a checkpoint; those of Run take their place.
         """
-        config, device, sharded = self.config, trainer.strategy.root_device, isinstance(module.model, FSDPModule)
+        config, device = self.config, trainer.strategy.root_device
         place = trainer.global_rank, trainer.world_size, trainer.local_rank, self.launch.devices
         self.ranks = Ranks(*place, self.launch.launcher, device)
         if config.strategy == "deepspeed":  # of which nothing can go on: an existing run is refused, not overwritten
             config = replace(config, resume="never")
         length = config.data.sequence_length
         tokens, flops = config.batch.global_size * length, flops_per_token(config.model, length)
-        alone = dist.new_subgroups(1)[0] if sharded else None  # no other rank holds what this one does
         self.run = Run(
-            config, self.ranks, config.strategy, tokens, flops_per_unit=flops, mesh=self.mesh, replicas=alone,
+            config, self.ranks, config.strategy, tokens, flops_per_unit=flops, mesh=self.mesh,
             fingerprint=self.train_set.fingerprint(), framework="lightning",
         )  # fmt: skip
         self.run.say(explain(config.model, length, device, config.train.precision))
@@ -111,3 +108,5 @@ class RunFolder(Callback):
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Write curve and summary."""
         self.run.finish()
+        if self.config.strategy == "deepspeed" and not self.run.is_complete:  # else Slurm would requeue it in vain
+            fail("stopped, and strategy = deepspeed saves at the end alone: there is nothing to go on from")
