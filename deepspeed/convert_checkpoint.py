@@ -41,7 +41,7 @@ from deepspeed.checkpoint.constants import (
 )
 from deepspeed.utils import safe_get_full_fp32_param
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from settings import take_place
+from settings import start_deepspeed
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
@@ -84,6 +84,7 @@ class SaveConfig:
 def save(config: SaveConfig) -> None:
     """Train a few steps and write DeepSpeed's own checkpoint: every rank its shard."""
     ranks = join(config.device)
+    start_deepspeed(ranks)
     folder = open_folder(config, ranks)
     engine, loader = build(config, ranks, universal=False)
     for step in range(config.steps):
@@ -112,6 +113,7 @@ def resume(run_folder: Path, steps: int) -> None:
         fail(f"{source}/zero does not exist; expected a universal checkpoint; make it: {script} universal {run_folder}")
     refuse_foreign_pickles(source)
     ranks = join(config.device)
+    start_deepspeed(ranks)
     engine, loader = build(config, ranks, universal=True)
     load_universal(engine, source)
     say(ranks, f"{source}: loaded by {ranks.world_size} ranks, weights {fingerprint(gathered(engine))}")
@@ -142,8 +144,6 @@ def load_universal(engine: Any, source: Path) -> None:
 
 def build(config: SaveConfig, ranks: Ranks, universal: bool) -> tuple[Any, Loader]:
     """The engine and the data as deepspeed/train.py makes them."""
-    deepspeed.init_distributed(verbose=False)  # takes the process group that is there
-    take_place(ranks)
     train_set, _ = text_datasets(config.data, config.model.vocabulary)
     plan = BatchPlan(config.batch, len(train_set), config.seed, ranks.rank, ranks.world_size)
     settings = {

@@ -350,7 +350,22 @@ def test_the_table_of_stages(launch, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_table_in_bf16_and_of_a_given_model(launch, places, tmp_path):
+    """Stage 0 has no bf16 here; the other rows go on. A model may be given with `=`, too."""
+    place = ["--steps", "3", "--output", str(tmp_path / "low")]
+    model = [f"--model_path={places / 'llama'}", "--data.sequence_length", "64", "--batch.global_size", "8"]
+    more = ["--rows", "DDP", "0Z", "1Z", "--", "--train.precision", "bf16", *model]
+    done = launch("deepspeed/compare_stages.py", *place, *more, nproc=0, timeout=300)
+    assert "0Z is left out: without ZeRO DeepSpeed has another optimizer in bf16" in done.stdout
+    assert "a random model" not in done.stdout
+    runs = json.loads((tmp_path / "low" / "results.json").read_text())["runs"]
+    assert [run["run"] for run in runs] == ["DDP-2G1N", "1Z-2G1N"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "words"), [
+    (["--launch", "no-such-launcher {ranks}"], "no-such-launcher is no program here"),
+    (["--launch", "false {mine}", "--rows", "DDP", "--width", "64"], "DDP-2G1N ended with 1"),  # braces of its own
     (["--rows", "4Z"], "--rows 4Z: there is no such row; allowed: DDP, 0Z"),
     (["--ranks", "3", "--ranks-per-node", "2"], "as many ranks on each node"),
     (["--configs", "missing.json"], "--configs missing.json: no such file"),
