@@ -16,6 +16,7 @@ import hashlib
 import io
 import os
 import pickle
+import shutil
 import sys
 import tempfile
 import time
@@ -270,19 +271,24 @@ def compare_with_transformers(model: Transformer, folder: Path, seed: int) -> tu
 def universal(run_folder: Path) -> None:
     """Cut the shards up by parameter: a folder for each, which any number of ranks can load."""
     settings_of(run_folder)
+    single_process("cpu")
     source = shards_of(run_folder)
     target = source.with_name(f"{source.name}_universal")
     if target.exists():
         fail(f"{target} exists already; expected to make it; remove it, or go on with: resume {run_folder}")
+    unfinished = target.with_name(f"{target.name}.unfinished")  # whole, or not there
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a conversion that was killed
     start = time.perf_counter()
     options = Namespace(
-        input_folder=str(source), output_folder=str(target), num_extract_workers=1, num_merge_workers=1,
+        input_folder=str(source), output_folder=str(unfinished), num_extract_workers=1, num_merge_workers=1,
         keep_temp_folder=False, strict=True, inject_missing_state=False,
     )  # fmt: skip
     try:
         with quiet():
             ds_to_universal.main(options)
+        unfinished.replace(target)
     except (ValueError, RuntimeError, KeyError, AssertionError, OSError, EOFError, pickle.UnpicklingError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
         fail(f"{source} cannot be converted: {error}; expected all shards of one save, whole; save it again")
     seconds = time.perf_counter() - start
     names = sorted(path.name for path in (target / "zero").iterdir() if path.is_dir())
