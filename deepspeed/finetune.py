@@ -66,7 +66,7 @@ def main(config: FinetuneConfig) -> None:
     run = Run(config, ranks, strategy, config.batch.global_size, "samples", fingerprint=train_set.fingerprint(),
               framework="deepspeed" if config.deepspeed_config else "transformers")  # fmt: skip
     run.say(f"training:   {train_set.describe()}\nvalidation: {validation_set.describe()}")
-    checkpoint, run.first_step = last_checkpoint(run.folder / "checkpoints", strategy, ranks)
+    checkpoint, run.first_step = last_checkpoint(run.folder / "checkpoints", strategy, config, ranks)
 
     arguments.output_dir = str(run.folder / "checkpoints")
     trainer = PlannedTrainer(model, arguments)
@@ -227,7 +227,7 @@ class Record(transformers.TrainerCallback):
     def on_save(self, args, state, control, **more) -> None:
         done = state.global_step
         folder = self.run.folder / "checkpoints" / f"checkpoint-{done}"
-        commit(folder, done, self.strategy, self.run.config.checkpoint.keep, self.ranks)
+        commit(folder, done, self.strategy, self.run.config, self.ranks)
 
 
 @torch.no_grad()
