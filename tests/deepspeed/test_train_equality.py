@@ -240,6 +240,8 @@ def test_compiled_optimizer(launch, single_device, tmp_path, config):
         assert abs(a["loss"] - b["loss"]) <= 1e-5 and abs(a["grad_norm"] - b["grad_norm"]) <= 1e-4
     assert largest_difference(read_checkpoint(one, STEPS), read_checkpoint(many, STEPS), "model.") <= 1e-4
     assert steps_of_the_optimizer(many, STEPS) == {STEPS}
+    # A checkpoint of theirs is one of AdamW: torch's goes on from it.
+    assert "resumed from" in launch(SCRIPT, *arguments(tmp_path, config), "--train.steps", str(STEPS + 1)).stdout
     # It was theirs: nothing else could be built, and without a compiler there is none.
     refused = launch(SCRIPT, *given, "--run_name", "sgd", "--optimizer.name", "sgd", check=False)
     assert "DeepSpeed has AdamW alone for the CPU" in refused.stderr
