@@ -287,6 +287,7 @@ def universal(run_folder: Path) -> None:
         with quiet():
             ds_to_universal.main(options)
         unfinished.replace(target)
+        target.with_name("latest_universal").write_text(target.name)  # DeepSpeed wrote the other name there
     except (ValueError, RuntimeError, KeyError, AssertionError, OSError, EOFError, pickle.UnpicklingError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         fail(f"{source} cannot be converted: {error}; expected all shards of one save, whole; save it again")

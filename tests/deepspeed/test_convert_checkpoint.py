@@ -155,7 +155,9 @@ def test_what_a_killed_conversion_left_is_no_checkpoint(group, saved, tmp_path):
     printed = group(1)(CASES, "says", SCRIPT, ["universal", str(folder)])[0]
     assert weights_of(printed) == weights_of(saved(3)[1])
     assert not left.exists()
-    assert sorted(path.name for path in (folder / "checkpoints").glob("*universal*")) == ["global_step3_universal"]
+    made = sorted(path.name for path in (folder / "checkpoints").glob("*universal*"))
+    assert made == ["global_step3_universal", "latest_universal"]
+    assert (folder / "checkpoints" / "latest_universal").read_text() == "global_step3_universal"
 
 
 @pytest.mark.slow
