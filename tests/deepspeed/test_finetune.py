@@ -374,7 +374,7 @@ def test_the_table_in_bf16_and_of_a_given_model(launch, places, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("given", "words"), [
     (["--launch", "no-such-launcher {ranks}"], "no-such-launcher is no program here"),
-    (["--launch", "false {mine}", "--rows", "DDP", "--width", "64"], "DDP-2G1N ended with 1"),  # braces of its own
+    (["--launch", "false {mine}", "--rows", "DDP", "--width", "64"], "DDP-2G1N-round1 ended with 1"),  # its braces
     (["--rows", "4Z"], "--rows 4Z: there is no such row; allowed: DDP, 0Z"),
     (["--ranks", "3", "--ranks-per-node", "2"], "as many ranks on each node"),
     (["--configs", "missing.json"], "--configs missing.json: no such file"),
