@@ -15,10 +15,12 @@ down harms all alike; the table shows medians over the rounds. What stands after
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -59,8 +61,12 @@ def main() -> None:
     folder = options.output
     nodes = options.ranks // options.ranks_per_node
     place = f"{options.ranks_per_node}G{nodes}N"
+    precision = value_of("--train.precision", arguments) or "fp32"
+    if precision != "fp32" and "0Z" in options.rows and len(options.rows) > 1 and not options.configs:
+        print(f"0Z is left out: without ZeRO DeepSpeed has another optimizer in {precision}")
+        options.rows.remove("0Z")
     rows = own_rows(options.configs) if options.configs else standard_rows(options.rows, folder)
-    if "--model_path" not in arguments:
+    if not value_of("--model_path", arguments):
         arguments = [*laptop_model(folder, options.width, options.layers), *arguments]
     results = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB",
@@ -111,6 +117,8 @@ def read_options() -> tuple[argparse.Namespace, list[str]]:
         fail(f"--steps {options.steps}: expected at least 3; the first step is left out, and speed is a median")
     if options.table:
         return options, theirs
+    if options.launch and not shutil.which(program := shlex.split(options.launch)[0]):
+        fail(f"--launch {options.launch}: {program} is no program here; expected a launcher such as srun or mpirun")
     runs = os.environ.get("RUNS_DIR", "runs")
     options.output = options.output or Path(runs) / f"compare_stages-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
@@ -118,6 +126,12 @@ def read_options() -> tuple[argparse.Namespace, list[str]]:
     except OSError as error:
         fail(f"--output {options.output}: {error.strerror}; give a new folder in a place that you can write to")
     return options, theirs
+
+
+def value_of(name: str, arguments: list[str]) -> str | None:
+    """What the arguments of `finetune.py` give for a setting, as `--name value` or `--name=value`."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    return dict(itertools.pairwise(words)).get(name)
 
 
 def standard_rows(names: list[str], folder: Path) -> list[dict[str, Any]]:
@@ -175,7 +189,8 @@ def laptop_model(folder: Path, width: int, layers: int) -> list[str]:
 def measure(row: dict[str, Any], name: str, options: argparse.Namespace, nodes: int, arguments: list[str]) -> dict:
     """Run `finetune.py` once. Returns loss, samples per second and memory in bytes; None for what nobody could see."""
     torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node={{ranks}}"
-    launch = shlex.split((options.launch or torchrun).format(ranks=options.ranks, nodes=nodes))
+    template = options.launch or torchrun
+    launch = shlex.split(template.replace("{ranks}", str(options.ranks)).replace("{nodes}", str(nodes)))
     few = ["--data.validation_samples", "4", "--data.answer_length", "4", "--train.log_every", "1", "--export", "false"]
     ours = ["--train.steps", str(options.steps), "--runs_dir", str(options.output), "--run_name", name]
     config = ["--deepspeed_config", row["config"]] if row["config"] else []

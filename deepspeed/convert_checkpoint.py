@@ -16,6 +16,7 @@ import hashlib
 import io
 import os
 import pickle
+import shutil
 import sys
 import tempfile
 import time
@@ -41,7 +42,7 @@ from deepspeed.checkpoint.constants import (
 )
 from deepspeed.utils import safe_get_full_fp32_param
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from settings import take_place
+from settings import start_deepspeed
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
@@ -84,6 +85,7 @@ class SaveConfig:
 def save(config: SaveConfig) -> None:
     """Train a few steps and write DeepSpeed's own checkpoint: every rank its shard."""
     ranks = join(config.device)
+    start_deepspeed(ranks)
     folder = open_folder(config, ranks)
     engine, loader = build(config, ranks, universal=False)
     for step in range(config.steps):
@@ -112,6 +114,7 @@ def resume(run_folder: Path, steps: int) -> None:
         fail(f"{source}/zero does not exist; expected a universal checkpoint; make it: {script} universal {run_folder}")
     refuse_foreign_pickles(source)
     ranks = join(config.device)
+    start_deepspeed(ranks)
     engine, loader = build(config, ranks, universal=True)
     load_universal(engine, source)
     say(ranks, f"{source}: loaded by {ranks.world_size} ranks, weights {fingerprint(gathered(engine))}")
@@ -142,8 +145,6 @@ def load_universal(engine: Any, source: Path) -> None:
 
 def build(config: SaveConfig, ranks: Ranks, universal: bool) -> tuple[Any, Loader]:
     """The engine and the data as deepspeed/train.py makes them."""
-    deepspeed.init_distributed(verbose=False)  # takes the process group that is there
-    take_place(ranks)
     train_set, _ = text_datasets(config.data, config.model.vocabulary)
     plan = BatchPlan(config.batch, len(train_set), config.seed, ranks.rank, ranks.world_size)
     settings = {
@@ -270,19 +271,25 @@ def compare_with_transformers(model: Transformer, folder: Path, seed: int) -> tu
 def universal(run_folder: Path) -> None:
     """Cut the shards up by parameter: a folder for each, which any number of ranks can load."""
     settings_of(run_folder)
+    single_process("cpu")
     source = shards_of(run_folder)
     target = source.with_name(f"{source.name}_universal")
     if target.exists():
         fail(f"{target} exists already; expected to make it; remove it, or go on with: resume {run_folder}")
+    unfinished = target.with_name(f"{target.name}.unfinished")  # whole, or not there
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a conversion that was killed
     start = time.perf_counter()
     options = Namespace(
-        input_folder=str(source), output_folder=str(target), num_extract_workers=1, num_merge_workers=1,
+        input_folder=str(source), output_folder=str(unfinished), num_extract_workers=1, num_merge_workers=1,
         keep_temp_folder=False, strict=True, inject_missing_state=False,
     )  # fmt: skip
     try:
         with quiet():
             ds_to_universal.main(options)
+        unfinished.replace(target)
+        target.with_name("latest_universal").write_text(target.name)  # DeepSpeed wrote the other name there
     except (ValueError, RuntimeError, KeyError, AssertionError, OSError, EOFError, pickle.UnpicklingError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
         fail(f"{source} cannot be converted: {error}; expected all shards of one save, whole; save it again")
     seconds = time.perf_counter() - start
     names = sorted(path.name for path in (target / "zero").iterdir() if path.is_dir())

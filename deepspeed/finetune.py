@@ -66,7 +66,7 @@ def main(config: FinetuneConfig) -> None:
     run = Run(config, ranks, strategy, config.batch.global_size, "samples", fingerprint=train_set.fingerprint(),
               framework="deepspeed" if config.deepspeed_config else "transformers")  # fmt: skip
     run.say(f"training:   {train_set.describe()}\nvalidation: {validation_set.describe()}")
-    checkpoint, run.first_step = last_checkpoint(run.folder / "checkpoints", strategy, ranks)
+    checkpoint, run.first_step = last_checkpoint(run.folder / "checkpoints", strategy, config, ranks)
 
     arguments.output_dir = str(run.folder / "checkpoints")
     trainer = PlannedTrainer(model, arguments)
@@ -107,8 +107,8 @@ def training_arguments(
     if config.deepspeed_config:
         # What is "auto" in the file Trainer would fill in by itself, from the same numbers.
         settings = engine_config(config, plan, ranks)
-        zero = settings.setdefault("zero_optimization", {"stage": 0})
-        strategy = f"zero{zero.get('stage', 0)}"
+        zero = settings["zero_optimization"]
+        strategy = f"zero{zero['stage']}"
         # Saving in stage 3 gathers the parts on rank 0. "16bit" is the name; fp32 weights stay fp32.
         if not zero.setdefault("stage3_gather_16bit_weights_on_model_save", True):
             fail(
@@ -155,7 +155,7 @@ def tell_accelerate(ranks: Ranks, with_deepspeed: bool) -> None:
     none. Then losses are multiplied, and tokens counted, for one rank.
     """
     os.environ["ACCELERATE_TORCH_DEVICE"] = str(ranks.device)
-    if ranks.world_size > 1:
+    if ranks.world_size > 1 or with_deepspeed:
         take_place(ranks)
     if with_deepspeed:
         for name, value in {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size}.items():
@@ -227,7 +227,7 @@ class Record(transformers.TrainerCallback):
     def on_save(self, args, state, control, **more) -> None:
         done = state.global_step
         folder = self.run.folder / "checkpoints" / f"checkpoint-{done}"
-        commit(folder, done, self.strategy, self.run.config.checkpoint.keep, self.ranks)
+        commit(folder, done, self.strategy, self.run.config, self.ranks)
 
 
 @torch.no_grad()

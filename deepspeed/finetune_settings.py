@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,13 @@ def read_model(config: FinetuneConfig, shape: Any) -> nn.Module:
 # ----------------------------------------------------------------------------------------------------- checkpoints
 
 
-def commit(folder: Path, step: int, strategy: str, keep: int, ranks: Ranks) -> None:
+def must_match(config: FinetuneConfig) -> dict[str, Any]:
+    """What a training has to go on with: otherwise it would be neither the old one nor a new one."""
+    data = {f"data.{name}": value for name, value in asdict(config.data).items()}
+    return {"seed": config.seed, "batch.global_size": config.batch.global_size, "model_path": config.model_path} | data
+
+
+def commit(folder: Path, step: int, strategy: str, config: FinetuneConfig, ranks: Ranks) -> None:
     """When all ranks have written their parts of a checkpoint: the list of its files, then older ones are removed.
 
     Trainer itself takes the checkpoint with the highest number, also one that was never finished.
@@ -101,10 +107,11 @@ def commit(folder: Path, step: int, strategy: str, keep: int, ranks: Ranks) -> N
     ranks.barrier()
     if ranks.is_main:
         files = {str(path.relative_to(folder)): checksum(path) for path in folder.rglob("*") if path.is_file()}
-        manifest = {"step": step, "world_size": ranks.world_size, "strategy": strategy, "files": files}
+        manifest = {"step": step, "world_size": ranks.world_size, "strategy": strategy}
+        manifest |= {"settings": must_match(config), "files": files}
         (folder / "unfinished").write_text(json.dumps(manifest, indent=1))
         os.replace(folder / "unfinished", folder / MANIFEST)
-        for old in committed(folder.parent)[:-keep]:
+        for old in committed(folder.parent)[: -config.checkpoint.keep]:
             shutil.rmtree(old)
     ranks.barrier()
 
@@ -115,23 +122,23 @@ def committed(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def last_checkpoint(folder: Path, strategy: str, ranks: Ranks) -> tuple[Path | None, int]:
+def last_checkpoint(folder: Path, strategy: str, config: FinetuneConfig, ranks: Ranks) -> tuple[Path | None, int]:
     """The checkpoint to go on from and its step, or (None, 0); the same on all ranks.
 
     Raises:
-        SystemExit: (exit code 2) a file of it changed, or it is of another world size or strategy: each rank of ZeRO
-            has written its own part of the optimizer, and there is no way to cut it up otherwise.
+        SystemExit: (exit code 2) a file of it changed, or it is of other data, or of another world size or strategy:
+            each rank of ZeRO has written its own part of the optimizer, and there is no way to cut it up otherwise.
     """
     answer: tuple[Path | None, int, str | None] = (None, 0, None)
     if ranks.is_main and (found := committed(folder)):
-        answer = check(found[-1], strategy, ranks.world_size)
+        answer = check(found[-1], strategy, config, ranks.world_size)
     path, step, problem = ranks.broadcast(answer)
     if problem:
         fail(problem)
     return path, step
 
 
-def check(path: Path, strategy: str, world_size: int) -> tuple[Path, int, str | None]:
+def check(path: Path, strategy: str, config: FinetuneConfig, world_size: int) -> tuple[Path, int, str | None]:
     """A checkpoint, its step, and what is wrong with it."""
     manifest = json.loads((path / MANIFEST).read_text())
     made, now = (manifest["strategy"], manifest["world_size"]), (strategy, world_size)
@@ -141,6 +148,14 @@ def check(path: Path, strategy: str, world_size: int) -> tuple[Path, int, str | 
             f"go on as it was made, or start a new run_name from its export"
         )
         return path, 0, problem
+    before = manifest.get("settings", {})
+    for name, value in must_match(config).items():
+        if before.get(name) != value:
+            problem = (
+                f"{path} was made with {name} = {before.get(name)}, this run has {value}; go on as it was made, or "
+                f"choose another run_name"
+            )
+            return path, 0, problem
     # DeepSpeed's parts are pickles, which may run code when they are read: only files that this run wrote.
     for name, entry in manifest["files"].items():
         if not (path / name).is_file() or checksum(path / name) != entry:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 from environment import deepspeed
+from settings import start_deepspeed
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -64,7 +65,7 @@ class InferenceConfig:
 @record
 def main(config: InferenceConfig) -> None:
     ranks = join(config.device)
-    deepspeed.init_distributed(verbose=False)  # takes the process group that is there
+    start_deepspeed(ranks)  # takes the process group that is there
     if config.kernels and ranks.device.type == "cpu":
         fail("kernels = true on the CPU: DeepSpeed has these kernels for GPUs only; leave it out, AutoTP needs none")
     alone = load(config, ranks)

@@ -1,8 +1,11 @@
 """DeepSpeed's settings: which of its JSON files, how "auto" is filled in there, and what a rank holds by them."""
 
+import atexit
 import difflib
 import json
 import os
+import secrets
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +13,34 @@ from typing import Any
 
 import torch
 from environment import deepspeed
+
+# isort: split
+# after environment.py, which chooses the accelerator
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 from nvme import why_not_nvme
+from pydantic import ValidationError
 from torch.nn.utils import clip_grad_norm_
 
 from common.config import Config
 from common.data_sharding import BatchPlan
 from common.ranks import Ranks, fail
+
+# What a file may have at its top. Left out is what this project decides elsewhere: other batches, models in parts.
+NUMBERS = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "prescale_gradients", "gradient_predivide_factor",
+    "gradient_allreduce_op", "communication_data_type", "disable_allgather", "disable_python_gc", "dump_state",
+    "log_level", "memory_breakdown", "steps_per_print", "wall_clock_breakdown",
+}  # fmt: skip
+SECTIONS = {
+    "zero_optimization", "bf16", "fp16", "activation_checkpointing", "aio", "checkpoint", "comet", "comms_logger",
+    "compile", "csv_monitor", "data_efficiency", "data_types", "flops_profiler", "pipeline", "tensorboard", "timers",
+    "wandb",
+}  # fmt: skip
+OFF_LOAD = DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+STRICT = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
 
 
 @dataclass
@@ -23,32 +48,50 @@ class DeepSpeedConfig(Config):
     """The common settings, and where DeepSpeed's are."""
 
     deepspeed_config: str = "deepspeed/configs/zero2.json"
-    """A JSON file in DeepSpeed's own format. What is "auto" in it is filled in from the settings here."""
+    """A JSON file in DeepSpeed's own format. What is "auto" in it, or absent, is filled in from the settings here."""
     nvme_path: str = ""
     """Where parameters and optimizer state go if the file says nvme; default: the variable TMPDIR, else /tmp."""
 
 
+def start_deepspeed(ranks: Ranks) -> None:
+    """Call it right after `join`: DeepSpeed takes this rank's place, and the process group that is there."""
+    take_place(ranks)
+    deepspeed.init_distributed(verbose=False)
+
+
+def take_place(ranks: Ranks) -> None:
+    """Tell DeepSpeed this rank's device: it takes LOCAL_RANK for the number of the GPU, also where a task sees its own
+    GPU alone, and ends with a KeyError where plain python has set none."""
+    device, chosen = ranks.device.type, deepspeed.accelerator.get_accelerator().device_name()
+    if chosen != device:
+        fail(f"device = {device}, but DeepSpeed chose {chosen} when it was imported; export DEVICE={device} "
+             f"DS_ACCELERATOR={device}")  # fmt: skip
+    os.environ["LOCAL_RANK"] = str(ranks.device.index if device == "cuda" else ranks.local_rank)
+
+
 def engine_config(config: DeepSpeedConfig, plan: BatchPlan, ranks: Ranks) -> dict[str, Any]:
-    """DeepSpeed's settings, complete: the file's, with every "auto" filled in.
+    """DeepSpeed's settings, complete: the file's, with all filled in that is "auto" there, or absent.
 
     The batch comes from the plan alone. DeepSpeed asks for it three times (train_batch_size = micro-batch ×
-    accumulation × ranks), and an error in one of them trains something else than the run folder says.
+    accumulation × ranks), and an error in one of them trains something else than the run folder says. So would its
+    defaults for what is absent: no accumulation, fp32, clipping at 1.
 
     Raises:
-        SystemExit: (exit code 2) the file is missing, is no JSON object, has a key that DeepSpeed does not know, or
+        SystemExit: (exit code 2) the file is missing, is no JSON object, has what DeepSpeed does not take, or
             contradicts the settings; the precision cannot be had; off-load to NVMe, and what that needs is missing.
     """
-    take_place(ranks)
     path, precision = Path(config.deepspeed_config), config.train.precision
     settings = read(path)
+    zero = settings["zero_optimization"]
     if precision == "fp64":
         fail("train.precision = fp64: DeepSpeed reduces no gradients in fp64, and ZeRO keeps weights in fp32; use fp32")
-    if precision != "fp32" and not settings.get("zero_optimization", {}).get("stage"):
+    if precision != "fp32" and not zero["stage"]:
         advice = "use deepspeed/configs/zero1.json, or fp32"
         fail(f"train.precision = {precision} with {path}: without ZeRO DeepSpeed has another optimizer there; {advice}")
     if precision == "fp16" and ranks.device.type == "cpu":
         fail("train.precision = fp16: DeepSpeed has no fp16 on the CPU; use bf16 or fp32 there")
-    if "nvme" in (off_load(settings, "optimizer"), off_load(settings, "param")) and (reason := why_not_nvme(ranks)):
+    on_disk = [what for what in ("optimizer", "param") if off_load(settings, what) == "nvme"]
+    if on_disk and (reason := why_not_nvme(ranks)):
         fail(f"{path}: {reason}")
     from_here = {
         "train_batch_size": plan.batch.global_size,
@@ -57,30 +100,25 @@ def engine_config(config: DeepSpeedConfig, plan: BatchPlan, ranks: Ranks) -> dic
         "gradient_clipping": config.optimizer.clip,
         "bf16.enabled": precision == "bf16",
         "fp16.enabled": precision == "fp16",
-        "zero_optimization.offload_optimizer.nvme_path": nvme_folder(config),
-        "zero_optimization.offload_param.nvme_path": nvme_folder(config),
     }
     for key, value in from_here.items():
-        *sections, name = key.split(".")
-        section = settings
-        for each in sections:
-            section = section.get(each, {})
-        if section.get(name) == "auto":
-            section[name] = value
-        elif name in section and section[name] != value and name != "nvme_path":
-            fail(f'{path}: {key} = {section[name]}, but the settings give {value}; write "auto" there, and set it here')
+        section, _, name = key.rpartition(".")
+        found = settings[section] if section else settings
+        if found.setdefault(name, "auto") == "auto":
+            found[name] = value
+        elif found[name] != value:
+            fail(f'{path}: {key} = {found[name]}, but the settings give {value}; write "auto" there, and set it here')
+    settings.setdefault("zero_allow_untested_optimizer", True)  # torch's SGD is one
+    for what in on_disk:
+        section = zero[f"offload_{what}"]
+        given = section.get("nvme_path", "auto")
+        section["nvme_path"] = str(open_swap_folder(config.nvme_path if given == "auto" else given, ranks))
     return settings
 
 
-def take_place(ranks: Ranks) -> None:
-    """Tell DeepSpeed this rank's device: it takes LOCAL_RANK for the number of the GPU, also where a task sees its own
-    GPU alone, and ends with a KeyError where plain python has set none."""
-    index = ranks.device.index if ranks.device.type == "cuda" else ranks.local_rank
-    os.environ["LOCAL_RANK"] = str(index)
-
-
 def read(path: Path) -> dict[str, Any]:
-    """A file of DeepSpeed's settings. DeepSpeed ignores keys that it does not know; here they are errors."""
+    """A file of DeepSpeed's settings, with the sections that all runs need. DeepSpeed ignores what it does not know at
+    the top of a file; here that is an error."""
     try:
         settings = json.loads(path.read_text())
     except OSError as error:
@@ -89,26 +127,40 @@ def read(path: Path) -> dict[str, Any]:
         fail(f"deepspeed_config {path} is not valid JSON: {error}")
     if not isinstance(settings, dict):
         fail(f"deepspeed_config {path} holds a {type(settings).__name__}; expected an object with DeepSpeed's settings")
-    fields = deepspeed.runtime.zero.config.DeepSpeedZeroConfig.model_fields
-    zero = set(fields) | {field.alias for field in fields.values() if field.alias}  # stage3_… are such
-    sections = {"": (settings, known_keys()), "zero_optimization.": (settings.get("zero_optimization", {}), zero)}
-    for prefix, (found, known) in sections.items():
-        if not isinstance(found, dict):
-            fail(f"{path}: {prefix.rstrip('.')} = {found!r}; expected an object")
-        for key in sorted(set(found) - known):
-            near = difflib.get_close_matches(key, known, 1)
-            fail(f"{path}: unknown key {prefix}{key}{f'; did you mean {near[0]}?' if near else ''}")
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    for key in settings:
+        if key in ("optimizer", "scheduler"):
+            fail(f"{path}: {key} is set by optimizer.* here; take it out of the file")
+        if key not in NUMBERS | SECTIONS:
+            unknown(path, key, NUMBERS | SECTIONS)
+        if key in SECTIONS and not isinstance(settings[key], dict):
+            fail(f"{path}: {key} = {json.dumps(settings[key])}; expected an object")
+    stage = settings.setdefault("zero_optimization", {}).setdefault("stage", 0)
     if stage not in (0, 1, 2, 3):
         fail(f"{path}: zero_optimization.stage = {stage!r}; allowed: 0, 1, 2, 3")
+    for name, model in STRICT.items():
+        try:
+            model(**settings.setdefault(name, {}))
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            location = ".".join([name, *map(str, wrong["loc"])])
+            if wrong["type"] == "extra_forbidden":
+                unknown(path, location, names_of(*STRICT.values(), *OFF_LOAD))
+            fail(f"{path}: {location}: {wrong['msg']}")
+        except (TypeError, AssertionError) as error:  # an old name beside its new one
+            fail(f"{path}: {name}: {error}")
     return settings
 
 
-def known_keys() -> set[str]:
-    """The names that DeepSpeed's settings have at the top, from the constants in its sources."""
-    modules = deepspeed.runtime.constants, deepspeed.runtime.zero.config
-    values = [value for module in modules for name, value in vars(module).items() if name.isupper()]
-    return {value for value in values if isinstance(value, str) and value.isidentifier()}
+def unknown(path: Path, key: str, known: set[str]) -> None:
+    """End with one line about a key that DeepSpeed does not have there."""
+    near = difflib.get_close_matches(key.rpartition(".")[2], known, 1)
+    fail(f"{path}: unknown key {key}{f'; did you mean {near[0]}?' if near else ''}")
+
+
+def names_of(*models: Any) -> set[str]:
+    """The keys of some of DeepSpeed's sections; those of stage 3 have a second name, stage3_…"""
+    fields = [item for model in models for item in model.model_fields.items()]
+    return {name for name, _ in fields} | {field.alias for _, field in fields if field.alias}
 
 
 def off_load(settings: dict[str, Any], what: str) -> str:
@@ -128,13 +180,27 @@ def or_compiled(optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> t
              '"zero_force_ds_cpu_optimizer": false in the file')  # fmt: skip
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+    DeepSpeedCPUAdam.__name__ = "AdamW"  # a checkpoint is known by it: either goes on with the other's averages
     options = {name: optimizer.defaults[name] for name in ("lr", "betas", "eps")}
     return DeepSpeedCPUAdam(optimizer.param_groups, **options, adamw_mode=True)
 
 
-def nvme_folder(config: DeepSpeedConfig) -> str:
-    """Where off-load to NVMe writes; a disk of the node, never a shared one."""
-    return config.nvme_path or os.environ.get("TMPDIR") or tempfile.gettempdir()
+def open_swap_folder(parent: str, ranks: Ranks) -> Path:
+    """A new folder for what goes to NVMe, of the same name on every node, and gone when the rank has ended.
+
+    DeepSpeed removes what it finds under the names that it writes, which are the same in every job.
+
+    Args:
+        parent: a folder on a disk of the node, never a shared one; by default the variable TMPDIR, else /tmp.
+    """
+    parent = parent or os.environ.get("TMPDIR") or tempfile.gettempdir()
+    folder = Path(parent, f"zero_swap_{ranks.broadcast(secrets.token_hex(4))}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"nvme_path {parent}: {error.strerror}; choose a folder on a disk of this node")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def keep_norm(engine: Any) -> None:

@@ -11,7 +11,7 @@ DeepSpeed's, and the engine counts the micro-batches: it reduces, clips, steps a
 import torch
 import torch.distributed as dist
 from environment import deepspeed
-from settings import DeepSpeedConfig, describe, engine_config, keep_norm, or_compiled
+from settings import DeepSpeedConfig, describe, engine_config, keep_norm, or_compiled, start_deepspeed
 from torch.distributed.elastic.multiprocessing.errors import record
 from zero_state import checkpointable
 
@@ -29,7 +29,7 @@ from common.transformer import Transformer, initial_weight
 @record  # torchrun then reports the rank that failed first, and why
 def main(config: DeepSpeedConfig) -> None:
     ranks = join(config.device, config.timeout_s, config.network_profile)
-    deepspeed.init_distributed(verbose=False)  # takes the process group that is there
+    start_deepspeed(ranks)  # takes the process group that is there
 
     # ---- data: the batch of step N is a pure function of the seed and N
     train_set, validation_set = text_datasets(config.data, config.model.vocabulary)
@@ -77,7 +77,7 @@ def main(config: DeepSpeedConfig) -> None:
             engine.step()  # after each micro-batch: on the last one it clips, updates and zeroes
             loss_sum += micro_loss_sum.detach()
         grad_norm = torch.as_tensor(engine.get_global_grad_norm())
-        run.log(step, loss_sum, grad_norm, lr)  # read one step late: the loop never waits for the device
+        run.log(step, loss_sum, grad_norm, lr)  # read one step late; the engine itself waits once a step, for the norm
 
         if run.wants_evaluation(step):
             run.log_validation(step, evaluate(engine, validation_set, plan.micro_size, ranks))

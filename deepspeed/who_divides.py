@@ -19,6 +19,7 @@ import torch
 from environment import deepspeed
 from lightning import pytorch
 from lightning.fabric import Fabric
+from settings import start_deepspeed
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, Trainer, TrainingArguments
@@ -172,6 +173,7 @@ def in_words(divisor: float, ranks: int, accumulation: int) -> str:
 @record
 def main(settings: Settings) -> None:
     ranks = join()
+    start_deepspeed(ranks)
     accumulation = settings.accumulation
     if len({1, ranks.world_size, accumulation}) < 3:
         fail(f"{ranks.world_size} ranks and accumulation {accumulation}; expected two different numbers above 1, so "

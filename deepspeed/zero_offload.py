@@ -11,10 +11,7 @@ files; beside them stands what the papers predict: ZeRO (arXiv 1910.02054), ZeRO
 """
 
 import gc
-import os
-import shutil
 import statistics
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -25,6 +22,7 @@ from typing import Any, Literal
 import torch
 from environment import deepspeed
 from nvme import why_not_nvme
+from settings import open_swap_folder, start_deepspeed
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from common.config import parse
@@ -73,7 +71,7 @@ class OffloadConfig:
 @record
 def main(config: OffloadConfig) -> None:
     ranks = join(config.device)
-    deepspeed.init_distributed(verbose=False)  # takes the process group that is there
+    start_deepspeed(ranks)  # takes the process group that is there
     names = list(CASES) if config.case == "all" else [config.case]
     if "zero3_nvme" in names and (reason := why_not_nvme(ranks)):
         if config.case == "zero3_nvme":
@@ -92,7 +90,7 @@ def main(config: OffloadConfig) -> None:
 
 def run_case(name: str, config: OffloadConfig, count: int, ranks: Ranks) -> None:
     """Take the steps of one case and print what was where, and how long it took."""
-    swap = open_swap_folder(config, ranks) if name == "zero3_nvme" else None
+    swap = open_swap_folder(config.nvme_path, ranks) if name == "zero3_nvme" else None
     gc.collect()
     before = set(storages(gc.get_objects()))
     engine, optimizer = build(name, config, swap, ranks)
@@ -131,9 +129,6 @@ def run_case(name: str, config: OffloadConfig, count: int, ranks: Ranks) -> None
     engine.destroy()
     del engine, optimizer, loss
     gc.collect()
-    ranks.barrier()
-    if swap:
-        shutil.rmtree(swap, ignore_errors=True)
 
 
 def build(name: str, config: OffloadConfig, swap: Path | None, ranks: Ranks) -> tuple[Any, torch.optim.Optimizer]:
@@ -273,18 +268,6 @@ def now(ranks: Ranks) -> float:
     if ranks.device.type == "cuda":
         torch.cuda.synchronize(ranks.device)
     return time.perf_counter()
-
-
-def open_swap_folder(config: OffloadConfig, ranks: Ranks) -> Path:
-    """A new folder for swap files, of the same name on every node. SystemExit: it cannot be made."""
-    parent = config.nvme_path or os.environ.get("TMPDIR") or tempfile.gettempdir()
-    folder = Path(parent) / f"zero_offload_{ranks.broadcast(os.getpid())}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"nvme_path {parent}: {error.strerror}; choose a folder on a disk of this node")
-    ranks.barrier()
-    return folder
 
 
 def say(ranks: Ranks, line: str) -> None:

@@ -16,7 +16,7 @@ from common.ranks import fail
 
 utils = deepspeed.utils
 ADAM = ("exp_avg", "exp_avg_sq")
-AVERAGES = {"AdamW": ADAM, "DeepSpeedCPUAdam": ADAM, "SGD": ("momentum_buffer",)}
+AVERAGES = {"AdamW": ADAM, "SGD": ("momentum_buffer",)}
 
 
 def checkpointable(engine: Any, optimizer: torch.optim.Optimizer) -> torch.nn.Module | WholeState:
@@ -48,7 +48,7 @@ class ZeroState:
                 entries = {name: torch.zeros_like(flat) for name in self.averages}
                 if self.averages == ADAM:  # DeepSpeed's counts in whole numbers
                     count = torch.float32 if isinstance(self.optimizer, torch.optim.AdamW) else torch.int64
-                    entries["step"] = torch.zeros((), dtype=count)
+                    entries["step"] = torch.zeros((), dtype=count, device=flat.device)  # a fused kernel reads it there
                 self.optimizer.state[flat] = entries
         # Stages 1 and 2 look up where a parameter's averages are after the first group's step, when those of the
         # second group (vectors, without weight decay) do not exist yet, and then never again (DeepSpeed 0.19).

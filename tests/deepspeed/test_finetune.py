@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -260,13 +261,21 @@ def test_going_on(group, plain, places, tmp_path, strategy):
 
 @pytest.mark.slow
 def test_checkpoints_that_cannot_be_used(group, places, tmp_path):
-    """Another strategy, a damaged file; and one that was never finished is not there at all."""
+    """Another strategy, other data, a damaged file; and one that was never finished is not there at all."""
     given = arguments(places, tmp_path, *options("zero2"), "--train.steps", "2", "--checkpoint.every", "1")
     group(2)(CASES, "train", given)
     folder = tmp_path / "run" / "checkpoints"
     more = [*given, "--train.steps", "3"]
     other = [*arguments(places, tmp_path, *options("zero3"))]
     assert_one_line(group(2)(CASES, "ends", other), "checkpoint-2 was made with zero2 on 2 ranks, this is zero3 on 2")
+    other_model = shutil.copytree(places / "llama", tmp_path / "llama")
+    other_data = shutil.copy(places / "train.json", tmp_path / "other.json")
+    for name, made, now in [
+        ("seed", "1234", "7"), ("batch.global_size", "48", "24"), ("data.sequence_length", "64", "72"),
+        ("data.train", places / "train.json", other_data), ("model_path", places / "llama", other_model),
+    ]:  # fmt: skip
+        refused = group(2)(CASES, "ends", [*more, "--batch.micro_size", "12", f"--{name}", str(now)])
+        assert_one_line(refused, f"checkpoint-2 was made with {name} = {re.escape(str(made))}, this run has {now};")
     file = next((folder / "checkpoint-2").rglob("*optim_states.pt"))
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -350,7 +359,22 @@ def test_the_table_of_stages(launch, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_table_in_bf16_and_of_a_given_model(launch, places, tmp_path):
+    """Stage 0 has no bf16 here; the other rows go on. A model may be given with `=`, too."""
+    place = ["--steps", "3", "--output", str(tmp_path / "low")]
+    model = [f"--model_path={places / 'llama'}", "--data.sequence_length", "64", "--batch.global_size", "8"]
+    more = ["--rows", "DDP", "0Z", "1Z", "--", "--train.precision", "bf16", *model]
+    done = launch("deepspeed/compare_stages.py", *place, *more, nproc=0, timeout=300)
+    assert "0Z is left out: without ZeRO DeepSpeed has another optimizer in bf16" in done.stdout
+    assert "a random model" not in done.stdout
+    runs = json.loads((tmp_path / "low" / "results.json").read_text())["runs"]
+    assert [run["run"] for run in runs] == ["DDP-2G1N", "1Z-2G1N"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "words"), [
+    (["--launch", "no-such-launcher {ranks}"], "no-such-launcher is no program here"),
+    (["--launch", "false {mine}", "--rows", "DDP", "--width", "64"], "DDP-2G1N-round1 ended with 1"),  # its braces
     (["--rows", "4Z"], "--rows 4Z: there is no such row; allowed: DDP, 0Z"),
     (["--ranks", "3", "--ranks-per-node", "2"], "as many ranks on each node"),
     (["--configs", "missing.json"], "--configs missing.json: no such file"),

@@ -36,6 +36,14 @@ def test_plain_python(launch, one, tmp_path):
     assert_same_rows(one, only_run(tmp_path / "runs"), 1e-5)
 
 
+def test_the_device_is_chosen_before_the_import(launch):
+    """DeepSpeed looks for it when it is imported, and would go on with another than the script's."""
+    done = launch(SCRIPT, "--device", "cpu", nproc=0, check=False, env={"DEVICE": "", "DS_ACCELERATOR": "cuda"})
+    assert done.returncode == 2
+    words = "device = cpu, but DeepSpeed chose cuda when it was imported; export DEVICE=cpu DS_ACCELERATOR=cpu"
+    assert words in done.stderr
+
+
 def test_the_launcher_of_deepspeed(one, tmp_path):
     """It says ranks by variables, adds --local_rank, and wants a port that is free."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus=2", f"--master_port={free_port()}"]

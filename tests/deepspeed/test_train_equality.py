@@ -76,6 +76,39 @@ def test_bf16_trains(group, single_device, tmp_path, config):
     assert_trains_in_low_precision(single_device(*BASE), tmp_path / "many")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_a_file_leaves_out_comes_from_the_settings(group, single_device, tmp_path, precision):
+    """DeepSpeed's defaults would be another training: no accumulation, fp32, gradients clipped at 1."""
+    file = tmp_path / "short.json"
+    file.write_text('{"zero_optimization": {"stage": 2}}')
+    options = ["--optimizer.clip", "0.5"]
+    more = [*options, *accumulate(2, 4), "--deepspeed_config", str(file), "--train.precision", precision]
+    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "zero2", *more))
+    one, many = single_device(*BASE, *options), tmp_path / "many"
+    if precision == "bf16":
+        assert_trains_in_low_precision(one, many)
+    else:
+        assert_same_rows(one, many, 1e-5)
+        a, b = read_checkpoint(one, STEPS), read_checkpoint(many, STEPS)
+        assert largest_difference(a, b, "model.") <= 1e-4
+
+
+def test_sections_that_change_no_training(group, single_device, tmp_path):
+    """What stands in many files: how to read from disk, what to print and to record."""
+    settings = json.loads((ROOT / "deepspeed" / "configs" / "zero2.json").read_text())
+    settings |= {
+        "aio": {"block_size": 1048576}, "activation_checkpointing": {"partition_activations": False},
+        "flops_profiler": {"enabled": False}, "tensorboard": {"enabled": False}, "csv_monitor": {"enabled": False},
+        "comms_logger": {"enabled": False}, "compile": {}, "data_efficiency": {"enabled": False}, "pipeline": {},
+        "steps_per_print": 100,
+    }  # fmt: skip
+    settings["zero_optimization"]["offload_param"] = None
+    (tmp_path / "long.json").write_text(json.dumps(settings))
+    more = ["--train.steps", "3", "--deepspeed_config", str(tmp_path / "long.json")]
+    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "zero2", *more))
+    assert_same_rows(single_device(*BASE, "--train.steps", "3"), tmp_path / "many", 1e-5)
+
+
 @pytest.mark.parametrize("options", [
     ["--model.tied", "true"], ["--train.activation_checkpointing", "true"], ["--optimizer.name", "sgd"],
 ], ids=lambda options: " ".join(options))  # fmt: skip
@@ -207,6 +240,8 @@ def test_compiled_optimizer(launch, single_device, tmp_path, config):
         assert abs(a["loss"] - b["loss"]) <= 1e-5 and abs(a["grad_norm"] - b["grad_norm"]) <= 1e-4
     assert largest_difference(read_checkpoint(one, STEPS), read_checkpoint(many, STEPS), "model.") <= 1e-4
     assert steps_of_the_optimizer(many, STEPS) == {STEPS}
+    # A checkpoint of theirs is one of AdamW: torch's goes on from it.
+    assert "resumed from" in launch(SCRIPT, *arguments(tmp_path, config), "--train.steps", str(STEPS + 1)).stdout
     # It was theirs: nothing else could be built, and without a compiler there is none.
     refused = launch(SCRIPT, *given, "--run_name", "sgd", "--optimizer.name", "sgd", check=False)
     assert "DeepSpeed has AdamW alone for the CPU" in refused.stderr
@@ -241,6 +276,19 @@ def test_files_differ_in_zero_alone():
     ({"zero_optimisation": {}}, [], "unknown key zero_optimisation; did you mean zero_optimization?"),
     ({"zero_optimization": {"stage": 4}}, [], "zero_optimization.stage = 4; allowed: 0, 1, 2, 3"),
     ({"zero_optimization": {"stge": 2}}, [], "unknown key zero_optimization.stge; did you mean stage?"),
+    ({"zero_optimization": True}, [], "zero_optimization = true; expected an object"),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, [],
+     "zero_optimization.offload_optimizer: Input should be a valid dictionary"),
+    ({"zero_optimization": {"stage": 3, "offload_param": {"devise": "cpu"}}}, [],
+     "unknown key zero_optimization.offload_param.devise; did you mean device?"),
+    ({"zero_optimization": {"stage": 3, "cpu_offload": True, "offload_optimizer": {"device": "cpu"}}}, [],
+     "Cannot provide deprecated parameter 'cpu_offload'"),
+    ({"bf16": True}, [], "bf16 = true; expected an object"),
+    ({"bf16": {"enable": True}}, [], "unknown key bf16.enable; did you mean enabled?"),
+    ({"fp16": {"loss_scale": -1}}, [], "fp16.loss_scale: Value error, fp16.loss_scale must be >= 0"),
+    ({"loss_scale": 0}, [], "unknown key loss_scale"),  # a key of fp16, not of the whole
+    ({"optimizer": {"type": "AdamW"}}, [], "optimizer is set by optimizer.* here; take it out of the file"),
+    ({"scheduler": {"type": "WarmupLR"}}, [], "scheduler is set by optimizer.* here; take it out of the file"),
     ({"train_batch_size": 32}, [], "train_batch_size = 32, but the settings give 48"),
     ({}, ["--train.precision", "fp64"], "DeepSpeed reduces no gradients in fp64"),
     ({}, ["--train.precision", "fp16"], "DeepSpeed has no fp16 on the CPU"),

@@ -80,6 +80,14 @@ def test_bad_input(group, options, words):
         assert words in message
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["deepspeed/zero_offload.py", "deepspeed/inference.py"])
+def test_plain_python(launch, script):
+    """One process, which nobody has given a rank: DeepSpeed by itself ends for want of LOCAL_RANK."""
+    small = [*SMALL, "--case", "zero2"] if script == SCRIPT else ["--model.width", "32", "--tokens", "2"]
+    assert launch(script, *small, nproc=0).returncode == 0
+
+
 def locked_folder(root: Path) -> Path:
     """Where torch builds async_io under TORCH_EXTENSIONS_DIR, with the lock that a build leaves."""
     folder = root / "async_io"
@@ -134,9 +142,13 @@ def test_nvme(launch, tmp_path):
 
 @pytest.mark.slow
 def test_train_with_everything_on_disk(launch, tmp_path):
-    """train.py with the file for NVMe: the losses of stage 3 in memory, and a checkpoint at the end."""
+    """train.py with the file for NVMe: the losses of stage 3 in memory, and a checkpoint to go on from in memory."""
     options = ["--train.steps", "3", "--runs_dir", tmp_path, "--nvme_path", tmp_path / "swap"]
-    losses = []
+    losses, last = [], []
+    # DeepSpeed begins by removing what lies here, which may be another job's parameters.
+    other = tmp_path / "swap" / "zero_stage_3" / "float32params" / "rank0" / "0_param.tensor.swp"
+    other.parent.mkdir(parents=True)
+    other.touch()
     for name in ("zero3", "zero3_nvme_offload"):
         more = ["--run_name", name, "--deepspeed_config", f"deepspeed/configs/{name}.json"]
         done = launch("deepspeed/train.py", *options, *more, timeout=250, check=False)
@@ -145,6 +157,14 @@ def test_train_with_everything_on_disk(launch, tmp_path):
         assert done.returncode == 0, done.stderr[-4000:]
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         losses.append([row["loss"] for row in rows if "loss" in row])
+    assert other.exists()
+    assert [path.name for path in (tmp_path / "swap").iterdir()] == ["zero_stage_3"]  # our own are gone
     assert len(losses[0]) == 3
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)  # fp32
-    assert (tmp_path / "zero3_nvme_offload" / "checkpoints" / "step_3" / "manifest.json").is_file()
+    for name in ("zero3", "zero3_nvme_offload"):
+        more = ["--run_name", name, "--deepspeed_config", "deepspeed/configs/zero3_cpu_offload.json"]
+        done = launch("deepspeed/train.py", *options, *more, "--train.steps", "4", timeout=250)
+        assert f"resumed from {tmp_path / name}/checkpoints/step_3: 3 steps done" in done.stdout
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        last.append(next(row["loss"] for row in rows if "loss" in row and row["step"] == 3))
+    assert last[1] == pytest.approx(last[0], abs=1e-5)
