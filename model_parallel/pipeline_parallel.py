@@ -128,16 +128,17 @@ def build_stages(config: PipelineConfig, ranks: Ranks) -> list[PipelineStage]:
 
 def build_schedule(config: PipelineConfig, pp: int, stages: list[PipelineStage], micro_batches: int, scale: float):
     """Torch's schedule over `pp` ranks. SystemExit: too few micro-batches, or a number that it cannot order."""
+    looped = config.schedule in ("interleaved", "zero_bubble")  # wants rounds, even of one stage a rank
     rounds = max(1, micro_batches // pp)
     found = f"{micro_batches} micro-batches (batch.global_size / batch.micro_size) with schedule = {config.schedule}"
     if config.schedule == "1f1b" and micro_batches < pp:
         fail(f"{found} on {pp} ranks; expected as many as ranks, or more; lower batch.micro_size")
-    if len(stages) > 1 and micro_batches % rounds:
+    if looped and micro_batches % rounds:
         fail(f"{found} on {pp} ranks; expected a multiple of {rounds}; change batch.micro_size")
     # The stage computes a sum over tokens; divided by the tokens of the *global* batch, its gradient is that of the
     # mean, for any number of micro-batches. Torch would divide by that number as well: not of a sum.
     return SCHEDULES[config.schedule](
-        stages if config.schedule in ("interleaved", "zero_bubble") else stages[0],
+        stages if looped else stages[0],
         micro_batches,
         loss_fn=lambda loss_sum, _: loss_sum.sum() * scale,
         scale_grads=False,
