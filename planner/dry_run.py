@@ -66,6 +66,7 @@ COLLECTIVES = {
     "_c10d_functional::reduce_scatter_tensor": ("reduce-scatter", 0),
     "_c10d_functional::all_reduce": ("all-reduce", 0),
 }
+NO_DATA = "::barrier", "::monitored_barrier_", "::wait_tensor", "::wait_tensors"
 # Bytes that a rank sends in a ring of n, as a share of the whole end (collectives/README.md).
 SENT = {"all-gather": lambda n: (n - 1) / n, "reduce-scatter": lambda n: (n - 1) / n,
         "all-reduce": lambda n: 2 * (n - 1) / n, "send": lambda n: 1, "receive": lambda n: 0}  # fmt: skip
@@ -149,12 +150,12 @@ class Meter(TorchDispatchMode):
                 self.activations = max(self.activations, self.held()[ACTIVATIONS])
         # In reality waiting gives the same tensor, not a copy of it.
         result = args[0] if function is WAIT else function(*args, **(kwargs or {}))
-        collective = COLLECTIVES.get(function.name().partition(".")[0])
+        name = function.name().partition(".")[0]
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self.see(tensor)
-        if collective or function.namespace == "c10d":
-            self.count(function, collective, args, result)
+        if function.namespace in ("c10d", "_c10d_functional") and not name.endswith(NO_DATA):
+            self.count(name, args, result)
         return result
 
     def see(self, tensor: torch.Tensor) -> Storage:
@@ -202,10 +203,8 @@ class Meter(TorchDispatchMode):
 
     # ---- collectives
 
-    def count(self, function: Any, known: tuple[str, Any] | None, args: tuple[Any, ...], result: Any) -> None:
-        if (name := function.name().partition(".")[0]) in ("c10d::barrier", "c10d::monitored_barrier_"):
-            return  # no data; none in a step
-        kind, end = known or (name, 0)
+    def count(self, name: str, args: tuple[Any, ...], result: Any) -> None:
+        kind, end = COLLECTIVES.get(name, (name, 0))
         flat = [t for t in tree_leaves(result if end == "result" else args[end]) if isinstance(t, torch.Tensor)]
         key = kind, *axis_of(args)
         self.collectives[key] += 1
@@ -217,18 +216,24 @@ class Meter(TorchDispatchMode):
 
     # ---- when, and what for
 
-    def watch(self, model: torch.nn.Module) -> None:
-        """Learn from a built model which memory is parameters, and from its hooks where a step is."""
+    def watch(self, model: torch.nn.Module, parts: list[torch.nn.Module]) -> None:
+        """Learn from a built model which memory is parameters, and from hooks where a step is.
+
+        parts: what forwards go through; a pipeline's stages, which the model joins, or the model itself.
+        """
         self.mark(model.parameters(), PARAMETERS)
         self.shards = {self.see(local(p)) for p in model.parameters()}
-        for unit in model.modules():
-            if isinstance(unit, FSDPModule):  # FSDP's own hooks gather before these are called
-                unit.register_forward_pre_hook(lambda unit, _: self.unit_is_whole(unit))
-        model.register_forward_pre_hook(lambda *_: self.arrive("forward, embedding"))
-        blocks = list(getattr(model, "blocks", {}).items())
-        for position, (number, block) in enumerate(blocks):
-            block.register_forward_pre_hook(self.entering(number, position == 0))
-            block.register_forward_hook(self.leaving(number, position == len(blocks) - 1))
+        for part in parts:
+            for unit in part.modules():
+                if isinstance(unit, FSDPModule):  # FSDP's own hooks gather before these are called
+                    unit.register_forward_pre_hook(lambda unit, _: self.unit_is_whole(unit))
+            has_embedding, has_head = (getattr(part, name, None) is not None for name in ("embedding", "head"))
+            if has_embedding:
+                part.register_forward_pre_hook(lambda *_: self.arrive("forward, embedding"))
+            blocks = list(getattr(part, "blocks", {}).items())
+            for position, (number, block) in enumerate(blocks):
+                block.register_forward_pre_hook(self.entering(number, has_embedding and position == 0))
+                block.register_forward_hook(self.leaving(number, has_head and position == len(blocks) - 1))
 
     def arrive(self, place: str) -> None:
         if torch._C._current_graph_task_id() == -1:
@@ -291,10 +296,12 @@ class Meter(TorchDispatchMode):
                 self.resize(storage, memory.nbytes())
             return answer
 
-        with replaced(torch.UntypedStorage, "resize_", resize_):
-            yield
-        for handle in handles:
-            handle.remove()
+        try:
+            with replaced(torch.UntypedStorage, "resize_", resize_):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def axis_of(args: tuple[Any, ...]) -> tuple[str, int]:
@@ -379,6 +386,8 @@ class DryRun:
         self.script, self.world_size, self.rank, self.limit = script, world_size, rank, micro_batches
         self.notes: list[str] = []
         self.said: list[str] = []
+        self.parts: list[torch.nn.Module] = []  # a pipeline's stages
+        self.model: Any = None
 
     def run(self, arguments: list[str]) -> dict[str, Any]:
         """Take two steps of the script with these settings; what the second one held and sent.
@@ -417,6 +426,24 @@ class DryRun:
         if getattr(getattr(self.config, "fsdp", None), "cpu_offload", False):
             self.notes.append("fsdp.cpu_offload = true: shards, gradients and optimizer state are in host memory")
 
+    def limited(self, micro_batches: int) -> int:
+        """So many of a step's micro-batches are taken. SystemExit: of a pipeline too few to show its peak."""
+        limit, schedule = self.limit or micro_batches, getattr(self.config, "schedule", None)
+        if schedule is None or limit >= micro_batches:
+            return min(limit, micro_batches)
+        found = f"--micro_batches {limit} of {micro_batches} with schedule = {schedule}"
+        if schedule == "gpipe":
+            fail(f"{found}; expected all of them, because all are in flight; leave it out")
+        # As many as can be in flight, and then one more, which meets the gradients that the first has left. A looped
+        # schedule takes its micro-batches in rounds: two to fill the pipeline, one to meet gradients of all stages.
+        pp = self.config.mesh.pp if hasattr(self.config, "mesh") else self.world_size
+        a_round = micro_batches // max(1, micro_batches // pp)
+        if schedule != "1f1b" and limit % a_round:
+            fail(f"{found} on {pp} stages; expected a multiple of {a_round}, whole rounds; change it, or leave it out")
+        if limit < (least := pp + 1 if schedule == "1f1b" else 3 * a_round):
+            fail(f"{found} on {pp} stages; expected {least} or more, for the peak; change it, or leave it out")
+        return limit
+
     def replacements(self) -> list[tuple[Any, str, Any]]:
         """What cannot be on fake ranks: (owner, name, what takes its place). The script imports from the owners."""
         dry, original_apply, original_mesh = self, torch.nn.Module._apply, device_mesh.DeviceMesh.__init__
@@ -427,11 +454,16 @@ class DryRun:
             dist.init_process_group("fake", store=FakeStore(), rank=dry.rank, world_size=dry.world_size)
             return FakeRanks(dry.rank, dry.world_size, dry.rank, dry.world_size, "dry run", torch.device("cpu"))
 
+        def single_process(*_: Any) -> Ranks:
+            if dry.world_size > 1:
+                fail(f"{dry.script} is a script for one process; expected --world_size 1, not {dry.world_size}; set it")
+            return FakeRanks(0, 1, 0, 1, "dry run", torch.device("cpu"))
+
         class Plan(plan):
             @property
             def accumulation(self) -> int:
                 dry.micro_size, dry.accumulation = self.micro_size, super().accumulation
-                return min(dry.accumulation, dry.limit or dry.accumulation)
+                return dry.limited(dry.accumulation)
 
         class Record(run.Run):
             """Measures in place of writing; the reduction of the metrics stays."""
@@ -442,7 +474,7 @@ class DryRun:
 
             def restore(self, model: Any, *_: Any) -> None:
                 dry.model = getattr(model, "module", model)
-                dry.meter.watch(dry.model)
+                dry.meter.watch(dry.model, dry.parts or [dry.model])
 
             def steps(self) -> Iterator[int]:
                 yield 0
@@ -503,6 +535,7 @@ class DryRun:
 
             def __init__(self, part: torch.nn.Module, number: int, count: int, device: torch.device, **more) -> None:
                 config = dry.config
+                dry.parts.append(part)
                 batch, sequence = config.batch.micro_size or dry.micro_size, config.data.sequence_length
                 dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
                 low = torch.bfloat16 if config.train.precision == "bf16" and isinstance(part, FSDPModule) else dtype
@@ -515,6 +548,7 @@ class DryRun:
 
         return [
             (ranks, "join", join),
+            (ranks, "single_process", single_process),
             (data, "text_datasets", lambda config, _: (NoText(config.sequence_length),) * 2),
             (data_sharding, "BatchPlan", Plan),
             (data_sharding, "Loader", NoLoader),
@@ -531,7 +565,7 @@ class DryRun:
     def report(self, arguments: list[str], seconds: float) -> dict[str, Any]:
         """Everything that was measured, as plain numbers and strings."""
         meter, formulas = self.meter, predict(self)
-        micro_batches = min(self.accumulation, self.limit or self.accumulation)
+        micro_batches = self.limited(self.accumulation)
         if micro_batches < self.accumulation:
             self.notes.append(
                 f"{micro_batches} of {self.accumulation} micro-batches; the others repeat their collectives"
@@ -589,7 +623,8 @@ def config_class(lesson: ModuleType, script: Path) -> type:
     """The settings that the script's `main` takes."""
     main = getattr(lesson, "main", None)
     kinds = [p.annotation for p in inspect.signature(main).parameters.values()] if callable(main) else []
-    if len(kinds) != 1 or not (isinstance(kinds[0], type) and issubclass(kinds[0], settings.Config)):
+    takes_settings = len(kinds) == 1 and isinstance(kinds[0], type) and issubclass(kinds[0], settings.Config)
+    if not takes_settings or not hasattr(lesson, "Run"):  # which is what tells where a step begins
         fail(f"{script} has no main(config) that trains the transformer; expected a lesson's train.py or its like")
     return kinds[0]
 
@@ -601,7 +636,7 @@ def predict(dry: DryRun) -> dict[str, Formula]:
     """What the lessons' READMEs say of this strategy; keys: a quantity, or "collective axis count" and "… bytes"."""
     config, size = dry.config, 8 if dry.config.train.precision == "fp64" else 4
     low = {"bf16": 2, "fp64": 8}.get(config.train.precision, 4)  # in which FSDP gathers, and tensor ranks compute
-    micro_batches = min(dry.accumulation, dry.limit or dry.accumulation)
+    micro_batches = dry.limited(dry.accumulation)
     layers = config.model.layers
     everything = list(dry.model.parameters())
     blocks = [p for block in dry.model.blocks.values() for p in block.parameters()]
@@ -720,7 +755,9 @@ def main() -> None:
     parser.add_argument("script", type=Path, help="a lesson's script, such as fsdp/train.py")
     parser.add_argument("--world_size", type=int, required=True, help="how many ranks there are to be")
     parser.add_argument("--rank", type=int, default=0, help="the rank to look at: stages of a pipeline differ")
-    parser.add_argument("--micro_batches", type=int, help="at most so many a step: two show all there is to see")
+    parser.add_argument(
+        "--micro_batches", type=int, help="at most so many a step: two show all there is to see; of a pipeline more"
+    )
     parser.add_argument("--device_memory_gib", type=float, help="say so if the peak is larger than this")
     parser.add_argument("--json", type=Path, help="write the report to this file, too")
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
@@ -732,9 +769,12 @@ def main() -> None:
         fail(f"--micro_batches {options.micro_batches}; expected 1 or more; leave it out for all")
     report = DryRun(options.script, options.world_size, options.rank, options.micro_batches).run(of_script)
     if options.device_memory_gib and report["bytes"]["peak"] > options.device_memory_gib * 2**30:
-        peak, least = human(report["bytes"]["peak"]), report["bytes"]["peak"] - report["bytes"][ACTIVATIONS]
+        peak, least = (
+            human(report["bytes"]["peak"]),
+            report["bytes"]["peak"] - report["peak"]["held"].get(ACTIVATIONS, 0),
+        )
         report["notes"].append(
-            f"the peak, {peak}, exceeds the device's {options.device_memory_gib:g} GiB ({human(least)} of it are not "
+            f"the peak, {human(peak)}, exceeds the device's {options.device_memory_gib:g} GiB ({human(least)} of it are not "
             f"activations): try activation checkpointing, a smaller micro-batch, more ranks, or another strategy"
         )
     print(table(report))
