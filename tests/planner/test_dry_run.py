@@ -14,22 +14,26 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from common.data import TextConfig, text_datasets
 from planner import dry_run
+from planner.fake_ranks import DryRun, no_group_left
+from planner.meter import Meter
 
 CASES = "tests/planner/measured_cases.py"
 FSDP, TENSOR = "fsdp/train.py", "model_parallel/tensor_parallel.py"
 PIPELINE, HYBRID = "model_parallel/pipeline_parallel.py", "model_parallel/hybrid_parallel.py"
+CONTEXT = "model_parallel/context_parallel.py"
 BATCH = ["--batch.global_size", "8", "--data.validation_samples", "8"]
 
 
 def dry(script, world_size, *settings, rank=0, micro_batches=None):
     """The report of a dry run in this process."""
-    return dry_run.DryRun(ROOT / script, world_size, rank, micro_batches).run(list(settings))
+    measured = DryRun(ROOT / script, world_size, rank, micro_batches).run(list(settings))
+    return dry_run.report(measured, list(settings), 0.0)
 
 
 def meter_of_one(operation):
     """A meter that has seen one operation on two fake ranks."""
-    meter = dry_run.Meter()
-    with dry_run.no_group_left():
+    meter = Meter()
+    with no_group_left():
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
         with FakeTensorMode(), meter:
             operation()
@@ -68,6 +72,8 @@ def row(report, kind, axis):
     pytest.param(PIPELINE, 2, ["--batch.micro_size", "2", "--schedule", "zero_bubble"], marks=pytest.mark.slow),
     pytest.param(PIPELINE, 4, ["--batch.micro_size", "2", "--schedule", "gpipe"], marks=pytest.mark.slow),
     (HYBRID, 2, ["--batch.micro_size", "2", "--mesh.tp", "1"]),
+    (CONTEXT, 2, []),
+    pytest.param(CONTEXT, 4, ["--mesh.dp", "2"], marks=pytest.mark.slow),
     pytest.param(HYBRID, 4, ["--batch.micro_size", "2"], marks=pytest.mark.slow),
     pytest.param(HYBRID, 4, ["--batch.micro_size", "2", "--mesh.tp", "1"], marks=pytest.mark.slow),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else str(value).replace("/", " "))  # fmt: skip
@@ -100,6 +106,9 @@ WIDE = ["--model.preset", "llama3_8b", "--model.layers", "3", "--data.sequence_l
      ["all-gather shard", "reduce-scatter shard", "all-reduce replicate"]),
     (TENSOR, ["--mesh.tp", "8", "--mesh.dp", "8"],
      ["all-gather tp", "reduce-scatter tp", "all-gather dp", "reduce-scatter dp"]),
+    (CONTEXT, ["--mesh.dp", "8"],
+     ["all-gather cp", "reduce-scatter cp", "all-gather world", "reduce-scatter world"]),
+    (CONTEXT, ["--train.precision", "bf16"], ["all-gather world", "reduce-scatter world"]),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else value.replace("/", " "))  # fmt: skip
 def test_formulas_on_64_ranks(script, options, names):
     """What the lessons' READMEs say beforehand is what is counted afterwards; 64 ranks divide everything here."""
@@ -144,6 +153,15 @@ def test_micro_batches_in_flight(schedule, in_flight):
     alone = dry(PIPELINE, 4, "--batch.global_size", "2", "--batch.micro_size", "2", "--schedule", "gpipe", rank=1)
     # 5 %: the schedule's own small tensors, and the gradient that has arrived when the first backward begins
     assert several / in_flight == pytest.approx(alone["bytes"]["activations"], rel=0.05)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_formulas_of_stages(rank):
+    """Four layers on three ranks: 2, 1 and 1; the first stage has the embedding, the last norm and head."""
+    report = dry(PIPELINE, 3, "--batch.micro_size", "3", rank=rank)
+    for quantity in ("parameters", "gradients", "optimizer state"):
+        assert report["bytes"][quantity] == report["formulas"][quantity]["value"], quantity
+    assert row(report, "send", "world")["bytes"] == report["formulas"]["send world bytes"]["value"]
 
 
 def test_stages_differ():
@@ -202,7 +220,7 @@ def test_it_is_the_script_that_is_counted(tmp_path):
     assert text.count(forgotten) == 1
     text = text.replace(forgotten, "        pass\n").replace("set_prefetch(list", "(lambda *_: None)(list")
     (tmp_path / "train.py").write_text(text)
-    report = dry_run.DryRun(tmp_path / "train.py", 2, 0, None).run(BATCH)
+    report = dry_run.report(DryRun(tmp_path / "train.py", 2, 0, None).run(BATCH), BATCH, 0.0)
     assert row(report, "all-gather", "world")["count"] == 1
     assert row(report, "all-gather", "world")["bytes"] == 4 * 853120
     assert report["formulas"]["all-gather world count"]["value"] == 9
