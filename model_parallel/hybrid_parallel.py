@@ -102,7 +102,7 @@ def build_stages(config: HybridConfig, mesh: DeviceMesh, ranks: Ranks) -> list[P
     """
     count = mesh["pp"].size() * config.stages_per_rank
     layers = split_layers(config.model, count)
-    settings = data_parallel_settings(config, mesh)
+    settings = data_parallel_settings(config, mesh["dp"])
     # Whole from a step's first micro-batch to its last: else each micro-batch would gather every block twice.
     settings["reshard_after_forward"] = False
     stages = []
