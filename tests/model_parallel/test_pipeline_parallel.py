@@ -55,6 +55,12 @@ def test_every_option(group, single_device, tmp_path, options):
     assert_same_training(single_device(*BASE, *FP64, *model), tmp_path / "many")
 
 
+def test_evaluation_during_training(group, single_device, tmp_path):
+    options = ["--train.steps", "6", "--train.eval_every", "3"]
+    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options, *micro_batches(4)))
+    assert_same_training(single_device(*BASE, *FP64, *options), tmp_path / "many")
+
+
 @pytest.mark.parametrize("schedule", ["gpipe", "zero_bubble"])
 def test_loss_in_chunks(group, single_device, tmp_path, schedule):
     """48 samples of 48 tokens in two micro-batches are more than one chunk of 1024 each."""
@@ -203,3 +209,10 @@ def test_resume_without_momentum(group, single_device, tmp_path):
     assert_same_rows(one, tmp_path / "many", 1e-12)
     a, b = read_checkpoint(one, STEPS), read_checkpoint(tmp_path / "many", STEPS)
     assert largest_difference(a, b, "model.") <= 1e-12
+
+
+def test_a_checkpoint_of_another_model(group, tmp_path):
+    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "many", "--train.steps", "1", *micro_batches(4)))
+    other = arguments(tmp_path, "many", "--model.layers", "4", *micro_batches(4))
+    for code, message in group(2)(CASES, "ends", SCRIPT, other):
+        assert code == 2 and "is of another model: blocks.4." in message, message
