@@ -193,15 +193,19 @@ def describe(stages: list[PipelineStage], micro_batches: int, pp: int) -> str:
     return f"{shape}, idle at least {bubble:.0%} without a zero-bubble schedule; layers here: {layers}"
 
 
+def fill_up(tokens: torch.Tensor, targets: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of `size`, with samples that do not count: a schedule has micro-batches of one size, also at the end."""
+    missing = size - len(tokens)
+    tokens = torch.cat([tokens, tokens[:1].expand(missing, -1)])
+    return tokens, torch.cat([targets, targets.new_full((missing, targets.shape[1]), -100)])
+
+
 @torch.no_grad()
 def evaluate(schedule, stages: list[PipelineStage], dataset, batch_size: int, ranks: Ranks) -> float:
     """Mean loss per token over the validation set: the sum of all losses divided by the count of all tokens."""
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, tokens
     for tokens, targets in evaluation_batches(dataset, batch_size, ranks.device):
-        # A schedule has micro-batches of one size: the last batch is filled up with samples that do not count.
-        missing = batch_size - len(tokens)
-        tokens = torch.cat([tokens, tokens[:1].expand(missing, -1)])
-        targets = torch.cat([targets, targets.new_full((missing, targets.shape[1]), -100)])
+        tokens, targets = fill_up(tokens, targets, batch_size)
         losses = run_schedule(schedule.eval, stages, tokens, targets)
         sums += torch.stack([losses.sum(), count_valid(targets) * stages[-1].is_last])
     dist.all_reduce(sums)

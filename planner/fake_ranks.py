@@ -112,8 +112,8 @@ class Record(run.Run):
         self.dry.strategy, self.dry.mesh = strategy, options.get("mesh") or {"data": ranks.world_size}
 
     def restore(self, model: Any, *_: Any) -> None:
-        self.dry.model = getattr(model, "module", model)
-        self.dry.meter.watch(self.dry.model, self.dry.parts or [self.dry.model])
+        model = getattr(model, "module", model)  # a pipeline's is inside its StageState
+        self.dry.meter.watch(model, self.dry.parts or [model])
 
     def steps(self) -> Iterator[int]:
         yield 0
@@ -168,7 +168,6 @@ class DryRun:
         self.notes: list[str] = []
         self.said: list[str] = []
         self.parts: list[torch.nn.Module] = []  # a pipeline's stages
-        self.model: Any = None
 
     def run(self, arguments: list[str]) -> "DryRun":
         """Take two steps of the script with these settings; the meter has what the second one held and sent.
