@@ -213,6 +213,7 @@ def test_resume_without_momentum(group, single_device, tmp_path):
 
 def test_a_checkpoint_of_another_model(group, tmp_path):
     group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "many", "--train.steps", "1", *micro_batches(4)))
-    other = arguments(tmp_path, "many", "--model.layers", "4", *micro_batches(4))
+    checkpoint = str(tmp_path / "many" / "checkpoints" / "step_1")
+    other = arguments(tmp_path, "other", "--model.layers", "4", "--resume", checkpoint, *micro_batches(4))
     for code, message in group(2)(CASES, "ends", SCRIPT, other):
         assert code == 2 and "is of another model: blocks.4." in message, message
