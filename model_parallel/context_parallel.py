@@ -14,8 +14,8 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from context_settings import ContextConfig, choose_attention, context_mesh, sharding_settings
-from mesh_settings import describe
+from context_settings import ContextConfig, choose_attention, context_mesh
+from mesh_settings import data_parallel_settings, describe
 from torch import Tensor
 from torch.distributed._functional_collectives import all_gather_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
@@ -54,15 +54,14 @@ def main(config: ContextConfig) -> None:
         model = Transformer(config.model)
     if config.train.precision == "fp64":
         model.double()
+    # ---- the lesson: attention over parts of sequences. For weights every rank is a data-parallel one, whatever its
+    # tokens: FSDP shards over all ranks, dp × cp as one axis.
+    parallelize_context(model, mesh["cp"], attention)
     if config.train.activation_checkpointing:
         model.checkpoint_activations()
     if config.train.compile:
         model.compile_blocks()
-
-    # ---- the lesson: attention over parts of sequences. For weights every rank is a data-parallel one, whatever its
-    # tokens: FSDP shards over all ranks, dp × cp as one axis.
-    parallelize_context(model, mesh["cp"], attention)
-    settings = sharding_settings(config, mesh)
+    settings = data_parallel_settings(config, mesh._flatten("dp_cp"))  # no public name yet: torchtitan calls it, too
     for block in model.blocks.values():
         fully_shard(block, **settings)
     fully_shard(model, **settings)
@@ -152,7 +151,8 @@ def gathering_attention(mesh: DeviceMesh) -> Callable[..., Tensor]:
 
     Keys and values of the whole sequence are all-gathered, as Llama 3 was trained (arXiv 2407.21783, section 3.3.2);
     backward, torch reduce-scatters their gradients. With few key-value heads that is little beside the queries, which
-    stay. It takes the memory of one layer's keys and values, whole, where a ring takes that of two parts.
+    stay. It takes the memory of one layer's keys and values, whole and repeated for each group of heads, where a ring
+    takes that of two parts; and a mask of up to s²/2n bytes. So it is for short sequences, and for proofs.
     """
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:

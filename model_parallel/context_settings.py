@@ -1,11 +1,10 @@
 """The settings of context parallelism, and what of them cannot work, said before anything is built."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-import torch
+from mesh_settings import mesh_sizes
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from common.config import Config
 from common.ranks import Ranks, fail
@@ -33,11 +32,7 @@ class ContextConfig(Config):
 
 def context_mesh(config: ContextConfig, ranks: Ranks) -> DeviceMesh:
     """The mesh (dp, cp); neighbours are context ranks, which talk in every layer. SystemExit: it does not divide."""
-    dp, cp, world = config.mesh.dp, config.mesh.cp, ranks.world_size
-    if cp is None and dp > 0 and world % dp == 0:
-        cp = world // dp
-    if cp is None or min(dp, cp) < 1 or dp * cp != world:
-        fail(f"mesh.dp = {dp}, mesh.cp = {cp} with {world} ranks; expected a product of {world}; change one of them")
+    dp, cp = mesh_sizes(config.mesh, ranks.world_size)
     if (length := config.data.sequence_length) % (2 * cp):
         found = f"data.sequence_length = {length}, which does not divide into {2 * cp} pieces, 2 for each context rank"
         fail(f"{found}; expected a multiple of {2 * cp}; change it, or mesh.cp")
@@ -53,10 +48,3 @@ def choose_attention(config: ContextConfig, ranks: Ranks) -> Literal["ring", "al
         found = f"attention = ring on a {ranks.device.type} device in {config.train.precision}"
         fail(f"{found}; expected a GPU and not fp64, because torch's ring needs its fused kernels; use all_gather")
     return config.attention
-
-
-def sharding_settings(config: ContextConfig, mesh: DeviceMesh) -> dict[str, Any]:
-    """The arguments of every `fully_shard`, as in fsdp/; the mesh is dp × cp as one axis: every rank a shard."""
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
-    policy = MixedPrecisionPolicy(low, low and torch.float32, cast_forward_inputs=False)
-    return {"mesh": mesh._flatten("dp_cp"), "mp_policy": policy}  # no public name yet: torchtitan calls it, too

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from expert_layers import ExpertParallel, describe_load
-from expert_settings import ExpertConfig, expert_mesh, sharding_settings
-from mesh_settings import describe
+from expert_settings import ExpertConfig, expert_mesh
+from mesh_settings import data_parallel_settings, describe
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -50,13 +50,13 @@ def main(config: ExpertConfig) -> None:
         model = Transformer(config.model)
     if config.train.precision == "fp64":
         model.double()
+    # ---- the lesson: layers that hold some of the experts, and FSDP for what they leave
+    layers = parallelize_experts(model, config, mesh["ep"])
     if config.train.activation_checkpointing:
         model.checkpoint_activations()
     if config.train.compile:
         model.compile_blocks()
-
-    # ---- the lesson: layers that hold some of the experts, and FSDP for what they leave
-    layers = parallelize_experts(model, config, mesh)
+    shard(model, config, mesh)
     model.to_empty(device=ranks.device)
     initialise(model, config)
 
@@ -105,19 +105,25 @@ def main(config: ExpertConfig) -> None:
 
 
 def parallelize_experts(model: Transformer, config: ExpertConfig, mesh: DeviceMesh) -> list[ExpertParallel]:
-    """Cut the experts of each layer among the ranks of mesh["ep"], in place, then shard what is left of everything.
+    """Cut the experts of each layer among the ranks of `mesh`, in place; returns the layers that hold them."""
+    layers = []
+    for block in model.blocks.values():
+        with torch.device("meta"):
+            block.ffn = ExpertParallel(config.model, mesh, balanced=config.balance > 0).to(block.ffn.gate.dtype)
+        layers.append(block.ffn)
+    return layers
+
+
+def shard(model: Transformer, config: ExpertConfig, mesh: DeviceMesh) -> None:
+    """Shard what the cut has left of everything (FSDP), in place.
 
     Every rank has tokens of its own, so all but experts is sharded among all ranks. An expert stands on dp ranks only,
     each in another group of ep: these share its rows. Its gradient has in it all tokens of its group that came to it,
     and FSDP adds those of the other groups. FSDP would average, over dp ranks here and over all ranks elsewhere: two
     scales. So it shall sum everywhere, and the loss alone is divided, by the tokens of the global batch.
     """
-    settings = sharding_settings(config, mesh)
-    layers = []
+    settings = data_parallel_settings(config, mesh._flatten("dp_ep"))  # no public name yet: torchtitan calls it, too
     for block in model.blocks.values():
-        with torch.device("meta"):
-            block.ffn = ExpertParallel(config.model, mesh["ep"], balanced=config.balance > 0).to(block.ffn.gate.dtype)
-        layers.append(block.ffn)
         fully_shard(block.ffn.router, **settings)
         # Along the rows of each expert: along the experts there may be fewer than shards.
         fully_shard(block.ffn, **settings | {"mesh": mesh["dp"]}, shard_placement_fn=lambda _: Shard(1))
@@ -127,7 +133,6 @@ def parallelize_experts(model: Transformer, config: ExpertConfig, mesh: DeviceMe
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # a plain sum: Gloo has none that scales
-    return layers
 
 
 def clip_grad_norm(parameters: Iterable[torch.nn.Parameter], largest: float) -> torch.Tensor:

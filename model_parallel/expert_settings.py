@@ -1,11 +1,9 @@
 """The settings of expert parallelism, and what of them cannot work, said before anything is built."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
+from mesh_settings import mesh_sizes
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from common.config import Config
 from common.ranks import Ranks, fail
@@ -48,11 +46,7 @@ class ExpertConfig(Config):
 
 def expert_mesh(config: ExpertConfig, ranks: Ranks) -> DeviceMesh:
     """The mesh (dp, ep); neighbours exchange tokens, in every layer. SystemExit: something does not divide."""
-    dp, ep, world = config.mesh.dp, config.mesh.ep, ranks.world_size
-    if ep is None and dp > 0 and world % dp == 0:
-        ep = world // dp
-    if ep is None or min(dp, ep) < 1 or dp * ep != world:
-        fail(f"mesh.dp = {dp}, mesh.ep = {ep} with {world} ranks; expected a product of {world}; change one of them")
+    dp, ep = mesh_sizes(config.mesh, ranks.world_size)
     model = config.model
     if not model.experts:
         fail(f"model.experts = 0 in preset {model.preset}; expected a mixture of experts; try --model.preset tiny_moe")
@@ -65,10 +59,3 @@ def expert_mesh(config: ExpertConfig, ranks: Ranks) -> DeviceMesh:
             found = f"{name} = {size}, which does not divide among the {parts} ranks of mesh.{axis}"
             fail(f"{found}; expected a multiple of {parts}; change it, or mesh.{axis}")
     return init_device_mesh(ranks.device.type, (dp, ep), mesh_dim_names=("dp", "ep"))
-
-
-def sharding_settings(config: ExpertConfig, mesh: DeviceMesh) -> dict[str, Any]:
-    """The arguments of `fully_shard` for all but experts, as in fsdp/; the mesh is dp × ep as one axis."""
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
-    policy = MixedPrecisionPolicy(low, low and torch.float32, cast_forward_inputs=False)
-    return {"mesh": mesh._flatten("dp_ep"), "mp_policy": policy}  # no public name yet: torchtitan calls it, too

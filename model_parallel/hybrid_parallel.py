@@ -12,7 +12,7 @@ shards those of `fsdp/train.py`. What counts is the order, inside out, and who s
 import torch
 import torch.distributed as dist
 from mesh_settings import HybridConfig, data_parallel_settings, hybrid_mesh
-from pipeline_parallel import build_schedule, clip_grad_norm, describe, join_stages, run_schedule, split_layers
+from pipeline_parallel import build_schedule, clip_grad_norm, describe, fill_up, join_stages, run_schedule, split_layers
 from pipeline_state import StageState, tied_weight
 from tensor_parallel import initialise, tensor_parallelize
 from torch.distributed.device_mesh import DeviceMesh
@@ -102,7 +102,7 @@ def build_stages(config: HybridConfig, mesh: DeviceMesh, ranks: Ranks) -> list[P
     """
     count = mesh["pp"].size() * config.stages_per_rank
     layers = split_layers(config.model, count)
-    settings = data_parallel_settings(config, mesh)
+    settings = data_parallel_settings(config, mesh["dp"])
     # Whole from a step's first micro-batch to its last: else each micro-batch would gather every block twice.
     settings["reshard_after_forward"] = False
     stages = []
@@ -140,10 +140,7 @@ def evaluate(schedule, stages, dataset, batch_size: int, mesh: DeviceMesh, ranks
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, tokens
     place = mesh["dp"].get_local_rank(), mesh["dp"].size()
     for tokens, targets in evaluation_batches(dataset, batch_size, ranks.device, *place, same_count=True):
-        # A schedule has micro-batches of one size: the last batch is filled up with samples that do not count.
-        missing = batch_size - len(tokens)
-        tokens = torch.cat([tokens, tokens[:1].expand(missing, -1)])
-        targets = torch.cat([targets, targets.new_full((missing, targets.shape[1]), -100)])
+        tokens, targets = fill_up(tokens, targets, batch_size)
         losses = run_stages(schedule.eval, stages, tokens, targets)
         sums += torch.stack([losses.sum(), count_valid(targets) * stages[-1].is_last])
     dist.all_reduce(sums)  # those of a tensor group count each token as often as its loss

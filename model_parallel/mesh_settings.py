@@ -1,6 +1,7 @@
 """The settings of tensor, pipeline and hybrid parallelism, and what of them cannot work, said before all is built."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -73,13 +74,20 @@ class HybridConfig(PipelineConfig):
     """Cut activations between the layers, too, along the sequence; false: every tensor rank has them whole."""
 
 
+def mesh_sizes(mesh: Any, world: int) -> tuple[int, ...]:
+    """Ranks along each axis; what is null takes all that the others leave. SystemExit: it is not the world's number."""
+    axes = asdict(mesh)
+    given = math.prod(size for size in axes.values() if size is not None)
+    sizes = tuple(world // max(given, 1) if size is None else size for size in axes.values())
+    if min(sizes) < 1 or math.prod(sizes) != world:
+        found = ", ".join(f"mesh.{name} = {size}" for name, size in axes.items())
+        fail(f"{found} with {world} ranks; expected a product of {world}; change one of them")
+    return sizes
+
+
 def tensor_mesh(config: TensorConfig, ranks: Ranks) -> DeviceMesh:
     """The mesh (dp, tp); neighbours are tensor ranks, which talk most. SystemExit: something does not divide."""
-    dp, tp, world = config.mesh.dp, config.mesh.tp, ranks.world_size
-    if tp is None and dp > 0 and world % dp == 0:
-        tp = world // dp
-    if tp is None or min(dp, tp) < 1 or dp * tp != world:
-        fail(f"mesh.dp = {dp}, mesh.tp = {tp} with {world} ranks; expected a product of {world}; change one of them")
+    dp, tp = mesh_sizes(config.mesh, ranks.world_size)
     require_divisible(config, tp)
     return _with_flat_sums(init_device_mesh(ranks.device.type, (dp, tp), mesh_dim_names=("dp", "tp")))
 
@@ -89,12 +97,7 @@ def hybrid_mesh(config: HybridConfig, ranks: Ranks) -> DeviceMesh:
 
     SystemExit: something does not divide.
     """
-    pp, dp, tp, world = config.mesh.pp, config.mesh.dp, config.mesh.tp, ranks.world_size
-    if dp is None and min(pp, tp) > 0 and world % (pp * tp) == 0:
-        dp = world // (pp * tp)
-    if dp is None or min(pp, dp, tp) < 1 or pp * dp * tp != world:
-        found = f"mesh.pp = {pp}, mesh.dp = {dp}, mesh.tp = {tp} with {world} ranks"
-        fail(f"{found}; expected a product of {world}; change one of them")
+    pp, dp, tp = mesh_sizes(config.mesh, ranks.world_size)
     if pp < 2:
         fail(f"mesh.pp = {pp}; expected 2 or more stages; model_parallel/tensor_parallel.py is for one")
     require_divisible(config, tp)
@@ -121,11 +124,14 @@ def require_divisible(config: TensorConfig | HybridConfig, tp: int) -> None:
             fail(f"{found}; expected a multiple of {tp}; change it, or mesh.tp")
 
 
-def data_parallel_settings(config: TensorConfig | HybridConfig, mesh: DeviceMesh) -> dict[str, Any]:
-    """The arguments of every `fully_shard`, as in fsdp/: low precision to compute with, fp32 for shards and sums."""
+def data_parallel_settings(config: Config, mesh: DeviceMesh) -> dict[str, Any]:
+    """The arguments of every `fully_shard`, as in fsdp/: low precision to compute with, fp32 for shards and sums.
+
+    mesh: of one axis, whose ranks share each weight.
+    """
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
     policy = MixedPrecisionPolicy(low, low and torch.float32, cast_forward_inputs=False)
-    return {"mesh": mesh["dp"], "mp_policy": policy}
+    return {"mesh": mesh, "mp_policy": policy}
 
 
 def describe(model: torch.nn.Module) -> str:

@@ -128,16 +128,17 @@ def build_stages(config: PipelineConfig, ranks: Ranks) -> list[PipelineStage]:
 
 def build_schedule(config: PipelineConfig, pp: int, stages: list[PipelineStage], micro_batches: int, scale: float):
     """Torch's schedule over `pp` ranks. SystemExit: too few micro-batches, or a number that it cannot order."""
+    looped = config.schedule in ("interleaved", "zero_bubble")  # wants rounds, even of one stage a rank
     rounds = max(1, micro_batches // pp)
     found = f"{micro_batches} micro-batches (batch.global_size / batch.micro_size) with schedule = {config.schedule}"
     if config.schedule == "1f1b" and micro_batches < pp:
         fail(f"{found} on {pp} ranks; expected as many as ranks, or more; lower batch.micro_size")
-    if len(stages) > 1 and micro_batches % rounds:
+    if looped and micro_batches % rounds:
         fail(f"{found} on {pp} ranks; expected a multiple of {rounds}; change batch.micro_size")
     # The stage computes a sum over tokens; divided by the tokens of the *global* batch, its gradient is that of the
     # mean, for any number of micro-batches. Torch would divide by that number as well: not of a sum.
     return SCHEDULES[config.schedule](
-        stages if config.schedule in ("interleaved", "zero_bubble") else stages[0],
+        stages if looped else stages[0],
         micro_batches,
         loss_fn=lambda loss_sum, _: loss_sum.sum() * scale,
         scale_grads=False,
@@ -192,15 +193,19 @@ def describe(stages: list[PipelineStage], micro_batches: int, pp: int) -> str:
     return f"{shape}, idle at least {bubble:.0%} without a zero-bubble schedule; layers here: {layers}"
 
 
+def fill_up(tokens: torch.Tensor, targets: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of `size`, with samples that do not count: a schedule has micro-batches of one size, also at the end."""
+    missing = size - len(tokens)
+    tokens = torch.cat([tokens, tokens[:1].expand(missing, -1)])
+    return tokens, torch.cat([targets, targets.new_full((missing, targets.shape[1]), -100)])
+
+
 @torch.no_grad()
 def evaluate(schedule, stages: list[PipelineStage], dataset, batch_size: int, ranks: Ranks) -> float:
     """Mean loss per token over the validation set: the sum of all losses divided by the count of all tokens."""
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, tokens
     for tokens, targets in evaluation_batches(dataset, batch_size, ranks.device):
-        # A schedule has micro-batches of one size: the last batch is filled up with samples that do not count.
-        missing = batch_size - len(tokens)
-        tokens = torch.cat([tokens, tokens[:1].expand(missing, -1)])
-        targets = torch.cat([targets, targets.new_full((missing, targets.shape[1]), -100)])
+        tokens, targets = fill_up(tokens, targets, batch_size)
         losses = run_schedule(schedule.eval, stages, tokens, targets)
         sums += torch.stack([losses.sum(), count_valid(targets) * stages[-1].is_last])
     dist.all_reduce(sums)

@@ -61,7 +61,7 @@ class StageState:
             self.optimizer,
             model_state_dict={name: whole[plain] for name, plain in self.names.items()},
             optim_state_dict={
-                "state": {name: moments[plain] for name, plain in self.names.items()},
+                "state": {name: moments[plain] for name, plain in self.names.items() if plain in moments},  # SGD: none
                 "param_groups": groups,
             },
         )

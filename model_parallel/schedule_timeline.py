@@ -1,12 +1,14 @@
 """What each pipeline schedule does when: measured, drawn, and its idle time beside the formula's.
 
-    torchrun --nproc-per-node=2 model_parallel/schedule_timeline.py --output timeline.png     # half a minute
-    torchrun --nproc-per-node=4 model_parallel/schedule_timeline.py --batch.micro_size 6      # four GPUs, or cores
+    torchrun --nproc-per-node=2 model_parallel/schedule_timeline.py --batch.micro_size 3 --output timeline.png
+    torchrun --nproc-per-node=4 model_parallel/schedule_timeline.py --model.layers 8 --batch.micro_size 6
 
 Runs steps of `pipeline_parallel.py` with all four schedules in turn, on the same model and data, and notes when every
-stage computes. Drawn is the fastest of the measured steps. More ranks than cores make a picture of the cores.
+stage computes. Drawn is the fastest of the measured steps. More ranks than cores make a picture of the cores. Two
+schedules take two stages a rank: the model needs twice as many layers as there are ranks.
 """
 
+import os
 import statistics
 import time
 from dataclasses import dataclass
@@ -34,7 +36,7 @@ class TimelineConfig(PipelineConfig):
     """The settings of a pipeline; the schedule is each in turn."""
 
     output: str = "timeline.png"
-    """The picture to write."""
+    """The picture to write: .png, .pdf or .svg, in a folder that exists."""
     repeats: int = 5
     """Steps measured of each schedule, after two to warm up."""
 
@@ -44,6 +46,9 @@ def main(config: TimelineConfig) -> None:
     ranks = join(config.device, config.timeout_s, config.network_profile)
     if config.repeats < 1:
         fail(f"repeats = {config.repeats}; expected 1 or more")
+    output = Path(config.output)
+    if output.suffix not in (".png", ".pdf", ".svg") or output.is_dir() or not os.access(output.parent, os.W_OK):
+        fail(f"output = {output}; expected a file .png, .pdf or .svg in a folder that you can write; choose another")
     train_set, _ = text_datasets(config.data, config.model.vocabulary)
     plan = BatchPlan(config.batch, len(train_set), config.seed)
     loader = Loader(train_set, plan, ranks.device)
@@ -68,7 +73,7 @@ def main(config: TimelineConfig) -> None:
             steps.append(list(events))
         measured[name] = [dict(enumerate(each)) for each in zip(*ranks.all_gather(steps[2:]), strict=True)]
     if ranks.is_main:
-        report(measured, plan.accumulation, ranks, Path(config.output))
+        report(measured, plan.accumulation, ranks, output)
     ranks.leave()
 
 

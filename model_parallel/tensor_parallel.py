@@ -60,7 +60,7 @@ def main(config: TensorConfig) -> None:
         model.checkpoint_activations()
     if config.train.compile:
         model.compile_blocks()
-    settings = data_parallel_settings(config, mesh)
+    settings = data_parallel_settings(config, mesh["dp"])
     for block in model.blocks.values():
         fully_shard(block, **settings)
     fully_shard(model, **settings)

@@ -48,6 +48,12 @@ def test_on_a_mesh(group, single_device, tmp_path, ranks, options):
     assert_same_training(single_device(*BASE, *FP64), tmp_path / "many")
 
 
+def test_evaluation_during_training(group, single_device, tmp_path):
+    options = ["--train.steps", "6", "--train.eval_every", "3"]
+    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options))
+    assert_same_training(single_device(*BASE, *FP64, *options), tmp_path / "many")
+
+
 @pytest.mark.parametrize(("ranks", "options"), [
     (2, []),
     (3, ["--train.activation_checkpointing", "true", "--batch.micro_size", "6"]),

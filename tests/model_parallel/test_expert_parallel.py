@@ -59,6 +59,12 @@ def test_on_a_mesh(group, single_device, tmp_path, ranks, options):
     assert_same_training(single_device(*BASE, *FP64, *model), tmp_path / "many")
 
 
+def test_evaluation_during_training(group, single_device, tmp_path):
+    options = ["--train.steps", "6", "--train.eval_every", "3"]
+    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options))
+    assert_same_training(single_device(*BASE, *FP64, *options), tmp_path / "many")
+
+
 @pytest.mark.parametrize(("ranks", "options"), [
     (2, []),
     (2, ["--train.activation_checkpointing", "true", "--batch.micro_size", "4"]),
@@ -106,12 +112,16 @@ def reference(ranks, accumulation, balance, *more):
     return {name: p.grad for name, p in model.named_parameters()}, chosen.flatten().bincount(minlength=4).tolist()
 
 
-@pytest.mark.parametrize("accumulation", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_balance(launch, tmp_path, accumulation):
+@pytest.mark.parametrize(("accumulation", "more"), [
+    (1, []),
+    pytest.param(1, ["--train.activation_checkpointing", "true"], marks=pytest.mark.slow),  # as configs/expert.yaml
+    pytest.param(3, [], marks=pytest.mark.slow),
+])  # fmt: skip
+def test_balance(launch, tmp_path, accumulation, more):
     """Its gradient is that of the definition; a weight of 0.5 outweighs the routers' other gradients."""
     options = [*FP64, "--batch.micro_size", str(12 // accumulation), "--train.steps", "1", "--optimizer.clip", "1000"]
     many = arguments(tmp_path, "many", *options)
-    printed = launch(SCRIPT, *many, "--balance", "0.5").stdout
+    printed = launch(SCRIPT, *many, *more, "--balance", "0.5").stdout
     expected, load = reference(2, accumulation, 0.5, *options)
     without, _ = reference(2, accumulation, 0.0, *options)
     saved = read_checkpoint(tmp_path / "many", 1)

@@ -3,7 +3,14 @@
 import re
 
 import pytest
-from equality import SMALL, assert_same_training, assert_trains_in_low_precision, read_checkpoint, read_rows
+from equality import (
+    SMALL,
+    assert_same_first_gradients,
+    assert_same_training,
+    assert_trains_in_low_precision,
+    read_checkpoint,
+    read_rows,
+)
 
 CASES = "tests/ddp/cases.py"
 SCRIPT = "model_parallel/hybrid_parallel.py"
@@ -47,6 +54,20 @@ def test_fp64_is_the_proof(group, single_device, tmp_path, ranks, options):
 def test_untied(group, single_device, tmp_path):
     group(4)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *mesh(2, 2, 1)))
     assert_same_training(single_device(*BASE, *FP64), tmp_path / "many")
+
+
+def test_evaluation_during_training(group, single_device, tmp_path):
+    options = ["--train.steps", "6", "--train.eval_every", "3"]
+    group(4)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options, *mesh(2, 2, 1)))
+    assert_same_training(single_device(*BASE, *FP64, *options), tmp_path / "many")
+
+
+def test_first_gradients_in_fp32(group, single_device, tmp_path):
+    """Untied, with slices."""
+    options = ["--train.steps", "1", "--optimizer.clip", "1000"]
+    one = single_device(*BASE, *options)
+    group(4)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *options, *mesh(2, 1, 2)))
+    assert_same_first_gradients(one, tmp_path / "many", 2 + 4 * 9 + 1)
 
 
 def test_bf16_trains(group, single_device, tmp_path):

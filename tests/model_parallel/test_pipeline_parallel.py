@@ -55,6 +55,12 @@ def test_every_option(group, single_device, tmp_path, options):
     assert_same_training(single_device(*BASE, *FP64, *model), tmp_path / "many")
 
 
+def test_evaluation_during_training(group, single_device, tmp_path):
+    options = ["--train.steps", "6", "--train.eval_every", "3"]
+    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options, *micro_batches(4)))
+    assert_same_training(single_device(*BASE, *FP64, *options), tmp_path / "many")
+
+
 @pytest.mark.parametrize("schedule", ["gpipe", "zero_bubble"])
 def test_loss_in_chunks(group, single_device, tmp_path, schedule):
     """48 samples of 48 tokens in two micro-batches are more than one chunk of 1024 each."""
@@ -155,6 +161,8 @@ def test_zero_bubble_delays_the_gradients_of_weights(group, tmp_path, ranks, chu
     (2, ["--schedule", "interleaved", "--model.layers", "3"], "model.layers = 3 for 4 stages"),
     (2, [], "1 micro-batches (batch.global_size / batch.micro_size) with schedule = 1f1b on 2 ranks"),
     (3, ["--schedule", "interleaved", "--batch.global_size", "21", *micro_batches(16)], "expected a multiple of 2"),
+    (2, ["--schedule", "zero_bubble", "--stages_per_rank", "1", "--batch.global_size", "20", "--batch.micro_size", "4"],
+     "5 micro-batches (batch.global_size / batch.micro_size) with schedule = zero_bubble on 2 ranks"),
     (2, ["--stages_per_rank", "2"], "stages_per_rank = 2 with schedule = 1f1b"),
     (2, ["--schedule", "interleaved", "--stages_per_rank", "0"], "stages_per_rank = 0"),
     (2, ["--train.precision", "fp16"], "ddp/train.py has fp16"),
@@ -188,3 +196,24 @@ def test_resume_elsewhere(group, single_device, tmp_path, first, then):
     assert len(read_rows(tmp_path / "many")) == 10
     group(then[1])(CASES, "train", then[0], options(*then))
     assert_same_training(single_device(*BASE, *FP64, *TIED), tmp_path / "many")
+
+
+def test_resume_without_momentum(group, single_device, tmp_path):
+    """Plain SGD keeps nothing of a parameter that a checkpoint could hold."""
+    options = [*FP64, *TIED, "--optimizer.name", "sgd", "--optimizer.betas", "[0.0, 0.0]", "--optimizer.lr", "0.01"]
+    many = arguments(tmp_path, "many", *options, *micro_batches(4))
+    group(2)(CASES, "train_until", SCRIPT, many, 10)
+    assert len(read_rows(tmp_path / "many")) == 10
+    group(2)(CASES, "train", SCRIPT, many)
+    one = single_device(*BASE, *options)
+    assert_same_rows(one, tmp_path / "many", 1e-12)
+    a, b = read_checkpoint(one, STEPS), read_checkpoint(tmp_path / "many", STEPS)
+    assert largest_difference(a, b, "model.") <= 1e-12
+
+
+def test_a_checkpoint_of_another_model(group, tmp_path):
+    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "many", "--train.steps", "1", *micro_batches(4)))
+    checkpoint = str(tmp_path / "many" / "checkpoints" / "step_1")
+    other = arguments(tmp_path, "other", "--model.layers", "4", "--resume", checkpoint, *micro_batches(4))
+    for code, message in group(2)(CASES, "ends", SCRIPT, other):
+        assert code == 2 and "is of another model: blocks.4." in message, message

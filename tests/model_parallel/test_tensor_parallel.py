@@ -56,6 +56,12 @@ def test_on_a_mesh(group, single_device, tmp_path, options):
     assert_same_training(single_device(*BASE, *FP64, *model), tmp_path / "many")
 
 
+def test_evaluation_during_training(group, single_device, tmp_path):
+    options = ["--train.steps", "6", "--train.eval_every", "3"]
+    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options))
+    assert_same_training(single_device(*BASE, *FP64, *options), tmp_path / "many")
+
+
 @pytest.mark.parametrize("tied", ["false", "true"])
 def test_loss_in_chunks(group, single_device, tmp_path, tied):
     """48 samples of 24 tokens are more than one chunk of 1024: logits are computed again in backward."""

@@ -5,21 +5,39 @@ import shutil
 import sys
 
 import pytest
+import torch
 import torch.distributed as dist
 from launching import ROOT
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed import _functional_collectives as functional
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from common.data import TextConfig, text_datasets
 from planner import dry_run
+from planner.fake_ranks import DryRun, no_group_left
+from planner.meter import Meter
 
 CASES = "tests/planner/measured_cases.py"
 FSDP, TENSOR = "fsdp/train.py", "model_parallel/tensor_parallel.py"
 PIPELINE, HYBRID = "model_parallel/pipeline_parallel.py", "model_parallel/hybrid_parallel.py"
+CONTEXT = "model_parallel/context_parallel.py"
 BATCH = ["--batch.global_size", "8", "--data.validation_samples", "8"]
 
 
 def dry(script, world_size, *settings, rank=0, micro_batches=None):
     """The report of a dry run in this process."""
-    return dry_run.DryRun(ROOT / script, world_size, rank, micro_batches).run(list(settings))
+    measured = DryRun(ROOT / script, world_size, rank, micro_batches).run(list(settings))
+    return dry_run.report(measured, list(settings), 0.0)
+
+
+def meter_of_one(operation):
+    """A meter that has seen one operation on two fake ranks."""
+    meter = Meter()
+    with no_group_left():
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+        with FakeTensorMode(), meter:
+            operation()
+    return meter
 
 
 def by_group(report):
@@ -54,6 +72,8 @@ def row(report, kind, axis):
     pytest.param(PIPELINE, 2, ["--batch.micro_size", "2", "--schedule", "zero_bubble"], marks=pytest.mark.slow),
     pytest.param(PIPELINE, 4, ["--batch.micro_size", "2", "--schedule", "gpipe"], marks=pytest.mark.slow),
     (HYBRID, 2, ["--batch.micro_size", "2", "--mesh.tp", "1"]),
+    (CONTEXT, 2, []),
+    pytest.param(CONTEXT, 4, ["--mesh.dp", "2"], marks=pytest.mark.slow),
     pytest.param(HYBRID, 4, ["--batch.micro_size", "2"], marks=pytest.mark.slow),
     pytest.param(HYBRID, 4, ["--batch.micro_size", "2", "--mesh.tp", "1"], marks=pytest.mark.slow),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else str(value).replace("/", " "))  # fmt: skip
@@ -86,6 +106,9 @@ WIDE = ["--model.preset", "llama3_8b", "--model.layers", "3", "--data.sequence_l
      ["all-gather shard", "reduce-scatter shard", "all-reduce replicate"]),
     (TENSOR, ["--mesh.tp", "8", "--mesh.dp", "8"],
      ["all-gather tp", "reduce-scatter tp", "all-gather dp", "reduce-scatter dp"]),
+    (CONTEXT, ["--mesh.dp", "8"],
+     ["all-gather cp", "reduce-scatter cp", "all-gather world", "reduce-scatter world"]),
+    (CONTEXT, ["--train.precision", "bf16"], ["all-gather world", "reduce-scatter world"]),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else value.replace("/", " "))  # fmt: skip
 def test_formulas_on_64_ranks(script, options, names):
     """What the lessons' READMEs say beforehand is what is counted afterwards; 64 ranks divide everything here."""
@@ -132,11 +155,34 @@ def test_micro_batches_in_flight(schedule, in_flight):
     assert several / in_flight == pytest.approx(alone["bytes"]["activations"], rel=0.05)
 
 
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_formulas_of_stages(rank):
+    """Four layers on three ranks: 2, 1 and 1; the first stage has the embedding, the last norm and head."""
+    report = dry(PIPELINE, 3, "--batch.micro_size", "3", rank=rank)
+    for quantity in ("parameters", "gradients", "optimizer state"):
+        assert report["bytes"][quantity] == report["formulas"][quantity]["value"], quantity
+    assert row(report, "send", "world")["bytes"] == report["formulas"]["send world bytes"]["value"]
+
+
 def test_stages_differ():
     reports = [dry(PIPELINE, 4, *BATCH, "--batch.micro_size", "2", rank=rank) for rank in range(4)]
     assert [row(report, "send", "world")["count"] for report in reports] == [4, 8, 8, 4]
     first, second, _, last = (report["bytes"]["parameters"] for report in reports)
     assert first - second == 4 * 256 * 128 and last - second == 4 * (256 * 128 + 128)  # embedding; head and norm
+
+
+def test_the_first_stage_has_the_embedding():
+    """What it gives is an activation; in the third stage it would be a message."""
+    options = ["--batch.global_size", "2", "--batch.micro_size", "2", "--schedule", "gpipe"]
+    first, third = (dry(PIPELINE, 4, *options, rank=rank)["bytes"]["activations"] for rank in (0, 2))
+    assert first - third >= 4 * 2 * 128 * 128
+
+
+def test_a_stage_is_whole_during_a_step():
+    """2 x 2 x 2 ranks: the slices of the first stage, its embedding included, and at most as many gradients."""
+    report = dry(HYBRID, 8, *BATCH, "--batch.micro_size", "1", "--schedule", "gpipe")
+    assert report["peak"]["held"]["whole parameters"] == 2 * report["bytes"]["parameters"]
+    assert report["peak"]["held"]["whole gradients"] <= 2 * report["bytes"]["gradients"]
 
 
 def test_at_most_so_many_micro_batches():
@@ -149,6 +195,23 @@ def test_at_most_so_many_micro_batches():
     assert three["bytes"] == report["bytes"]  # two show all there is to see
 
 
+@pytest.mark.parametrize(("schedule", "enough", "each"), [
+    ("1f1b", 3, 2 * 2 * 128 * 8),  # tokens and targets, of which the schedule has a copy
+    pytest.param("interleaved", 6, 2 * 2 * 128 * 8 + 128 * 128 * 4, marks=pytest.mark.slow),  # and what stage 2 is sent
+    pytest.param("zero_bubble", 6, 2 * 2 * 128 * 8 + 128 * 128 * 4, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_fewer_micro_batches_show_all_but_their_messages(schedule, enough, each):
+    options = ["--batch.global_size", "20", "--batch.micro_size", "1", "--schedule", schedule]
+    some, more = (dry(PIPELINE, 2, *options, micro_batches=number)["bytes"] for number in (enough, 2 * enough))
+    assert more == some | {"peak": some["peak"] + enough * each}
+
+
+def test_collectives_without_a_name_here_count():
+    meter = meter_of_one(lambda: functional.all_to_all_single(torch.empty(8), None, None, dist.group.WORLD))
+    assert meter.collectives == {("_c10d_functional::all_to_all_single", "world", 2): 1}
+    assert sum(meter.collective_bytes.values()) == 32
+
+
 def test_it_is_the_script_that_is_counted(tmp_path):
     """A copy of the lesson that forgets its blocks: one unit, gathered once, and all of it whole at once."""
     shutil.copy(ROOT / "fsdp" / "settings.py", tmp_path)
@@ -157,7 +220,7 @@ def test_it_is_the_script_that_is_counted(tmp_path):
     assert text.count(forgotten) == 1
     text = text.replace(forgotten, "        pass\n").replace("set_prefetch(list", "(lambda *_: None)(list")
     (tmp_path / "train.py").write_text(text)
-    report = dry_run.DryRun(tmp_path / "train.py", 2, 0, None).run(BATCH)
+    report = dry_run.report(DryRun(tmp_path / "train.py", 2, 0, None).run(BATCH), BATCH, 0.0)
     assert row(report, "all-gather", "world")["count"] == 1
     assert row(report, "all-gather", "world")["bytes"] == 4 * 853120
     assert report["formulas"]["all-gather world count"]["value"] == 9
@@ -207,6 +270,16 @@ def test_llama_70b_on_64_ranks():
     ([FSDP], "the following arguments are required: --world_size"),
     ([FSDP, "--world_size", "2", "--ranks", "1"], "unrecognized arguments: --ranks 1"),
     ([FSDP, "--world_size", "2", "--micro_batches", "0"], "--micro_batches 0"),
+    (["ddp/single_device.py", "--world_size", "4"], "a script for one process; expected --world_size 1"),
+    (["model_parallel/schedule_timeline.py", "--world_size", "2"], "no main(config) that trains the transformer"),
+    ([PIPELINE, "--world_size", "4", "--micro_batches", "2", "--", "--batch.micro_size", "3"],
+     "--micro_batches 2 of 8 with schedule = 1f1b on 4 stages; expected 5 or more"),
+    ([PIPELINE, "--world_size", "2", "--micro_batches", "2", "--", "--batch.micro_size", "3", "--schedule", "gpipe"],
+     "schedule = gpipe; expected all of them"),
+    ([PIPELINE, "--world_size", "2", "--micro_batches", "4", "--", "--batch.micro_size", "3", "--schedule",
+      "interleaved"], "expected 6 or more"),
+    ([PIPELINE, "--world_size", "2", "--micro_batches", "7", "--", "--batch.micro_size", "3", "--schedule",
+      "interleaved"], "expected a multiple of 2"),
     ([FSDP, "--world_size", "2", "--", "--fsdp.replicat", "2"], "did you mean fsdp.replicate?"),
     ([FSDP, "--world_size", "2", "--", "--model.preset", "llama3_71b"], "did you mean llama3_70b"),
     ([FSDP, "--world_size", "4", "--", "--fsdp.replicate", "3"], "fsdp.replicate = 3 with 4 ranks"),
