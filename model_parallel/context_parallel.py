@@ -73,9 +73,8 @@ def main(config: ContextConfig) -> None:
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.train.precision == "fp16")
 
     flops = flops_per_token(config.model, config.data.sequence_length)
-    alone, _ = dist.new_subgroups(1)  # no other rank holds what this one does
     run = Run(config, ranks, "context", tokens_per_step, flops_per_unit=flops, fingerprint=train_set.fingerprint(),
-              mesh={"dp": dp, "cp": cp}, replicas=alone)  # fmt: skip
+              mesh={"dp": dp, "cp": cp})  # fmt: skip
     run.say(
         f"{attention} attention: {config.data.sequence_length // cp} of {config.data.sequence_length} tokens a rank"
     )

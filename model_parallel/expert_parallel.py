@@ -65,9 +65,8 @@ def main(config: ExpertConfig) -> None:
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.train.precision == "fp16")
 
     flops = flops_per_token(config.model, config.data.sequence_length)
-    alone, _ = dist.new_subgroups(1)  # no other rank holds what this one does
     run = Run(config, ranks, "expert", tokens_per_step, flops_per_unit=flops, fingerprint=train_set.fingerprint(),
-              mesh={"dp": dp, "ep": ep}, replicas=alone)  # fmt: skip
+              mesh={"dp": dp, "ep": ep})  # fmt: skip
     run.say(describe(model))
     run.say(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
     run.restore(model, optimizer, scaler)

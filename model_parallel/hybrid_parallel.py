@@ -58,9 +58,8 @@ def main(config: HybridConfig) -> None:
     first_and_last, _ = dist.new_subgroups_by_enumeration(ends)  # all ranks must call it
 
     flops = flops_per_token(config.model, config.data.sequence_length)
-    alone, _ = dist.new_subgroups(1)  # no other rank holds what this one does
     run = Run(config, ranks, f"hybrid: {config.schedule}", tokens_per_step, flops_per_unit=flops,
-              mesh={"pp": pp, "dp": dp, "tp": tp}, fingerprint=train_set.fingerprint(), replicas=alone)  # fmt: skip
+              mesh={"pp": pp, "dp": dp, "tp": tp}, fingerprint=train_set.fingerprint())  # fmt: skip
     run.say(describe(stages, plan.accumulation, pp))
     kept = ranks.all_gather(sum(parameter.to_local().nbytes for parameter in model.parameters()))
     run.say(f"the {pp} × {dp} × {tp} ranks keep {min(kept):,} to {max(kept):,} bytes of parameters each")
