@@ -92,6 +92,14 @@ def test_first_gradients_in_fp32(group, single_device, tmp_path, sequence_parall
     assert_same_first_gradients(one, tmp_path / "many", 2 + 2 * 9 + 1)
 
 
+def test_norms_that_drift_apart_are_noticed(group, tmp_path):
+    """The losses part in the fourth digit only; that tensor ranks share the norms is what their mesh says."""
+    arguments_ = arguments(tmp_path, "wrong", "--train.steps", "2")
+    for code, message in group(2)(MORE_CASES, "ends_with_replicated_norms", arguments_):
+        assert code == 2
+        assert "after step 1 the ranks hold different weights: first in blocks.0.attention_norm.weight" in message
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_trains(group, single_device, tmp_path, precision):
     """The policy casts whole blocks where autocast casts operations: losses are close, not equal."""
