@@ -86,6 +86,16 @@ def run_command(command: list[str], timeout: float = 120, check: bool = True, **
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
+def assert_refused(answers: list[tuple[int, str]], words: str) -> None:
+    """On every rank: exit code 2, and one line that says it; no traceback for a user's mistake."""
+    for code, message in answers:
+        assert code == 2
+        lines = [line for line in message.splitlines() if "error: " in line]
+        assert len(lines) == 1, message
+        assert words in lines[0], message
+        assert "Traceback" not in message
+
+
 class Group:
     """Ranks that wait for work: each call runs one function on all of them at once."""
 
