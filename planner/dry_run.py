@@ -219,10 +219,8 @@ def main() -> None:
     measured = DryRun(options.script, options.world_size, options.rank, options.micro_batches).run(of_script)
     found = report(measured, of_script, time.perf_counter() - started)
     if options.device_memory_gib and found["bytes"]["peak"] > options.device_memory_gib * 2**30:
-        peak, least = (
-            human(found["bytes"]["peak"]),
-            found["bytes"]["peak"] - found["peak"]["held"].get(ACTIVATIONS, 0),
-        )
+        peak = found["bytes"]["peak"]
+        least = peak - found["peak"]["held"].get(ACTIVATIONS, 0)
         found["notes"].append(
             f"the peak, {human(peak)}, exceeds the device's {options.device_memory_gib:g} GiB ({human(least)} of it "
             f"are not activations): try activation checkpointing, a smaller micro-batch, more ranks, or another "

@@ -35,8 +35,9 @@ def mesh(pp, dp, tp):
     (8, []),  # 2 × 2 × 2
     (4, [*mesh(2, 1, 2), "--sequence_parallel", "false", "--schedule", "zero_bubble"]),
     (4, [*mesh(2, 2, 1), "--schedule", "interleaved"]),
-    (4, [*mesh(2, 1, 2), "--schedule", "gpipe", "--batch.micro_size", "24"]),  # one micro-batch
-    (4, [*mesh(2, 1, 2), "--train.activation_checkpointing", "true"]),
+    pytest.param(4, [*mesh(2, 1, 2), "--schedule", "gpipe", "--batch.micro_size", "24"],  # one micro-batch
+                 marks=pytest.mark.slow),
+    pytest.param(4, [*mesh(2, 1, 2), "--train.activation_checkpointing", "true"], marks=pytest.mark.slow),
     (2, mesh(2, 1, 1)),
     pytest.param(8, ["--schedule", "zero_bubble"], marks=pytest.mark.slow),
     pytest.param(8, ["--schedule", "interleaved", "--sequence_parallel", "false"], marks=pytest.mark.slow),

@@ -43,7 +43,7 @@ def test_fp64_is_the_proof(group, single_device, tmp_path, ranks, schedule):
 @pytest.mark.parametrize("options", [
     ["--schedule", "gpipe", *micro_batches(1)],  # nothing overlaps, and all is right
     pytest.param(["--schedule", "1f1b", *micro_batches(16)], marks=pytest.mark.slow),
-    ["--schedule", "interleaved", "--stages_per_rank", "4", *micro_batches(4)],
+    pytest.param(["--schedule", "interleaved", "--stages_per_rank", "4", *micro_batches(4)], marks=pytest.mark.slow),
     pytest.param(["--schedule", "zero_bubble", "--stages_per_rank", "1", *micro_batches(8)], marks=pytest.mark.slow),
     ["--schedule", "1f1b", "--train.activation_checkpointing", "true", *micro_batches(4)],
     ["--schedule", "1f1b", "--model.experts", "4", *micro_batches(4)],
@@ -179,7 +179,7 @@ def test_bad_input(group, tmp_path, ranks, options, words):
     ((SCRIPT, 4), (SCRIPT, 3)),
     ((SCRIPT, 2, "--schedule", "interleaved"), ("ddp/train.py", 3)),
     (("ddp/train.py", 2), (SCRIPT, 2, "--schedule", "zero_bubble")),
-    (("fsdp/train.py", 3), (SCRIPT, 2)),
+    pytest.param(("fsdp/train.py", 3), (SCRIPT, 2), marks=pytest.mark.slow),
 ], ids=lambda value: " ".join(map(str, value)).replace("/", " "))  # fmt: skip
 def test_resume_elsewhere(group, single_device, tmp_path, first, then):
     """Ten steps one way, ten another, on other ranks: the twenty of one process. Tied, the harder case."""

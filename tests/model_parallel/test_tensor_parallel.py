@@ -42,12 +42,13 @@ def test_fp64_is_the_proof(group, single_device, tmp_path, ranks, accumulation, 
 
 @pytest.mark.parametrize("options", [
     ["--mesh.dp", "2"],
-    ["--mesh.dp", "2", "--sequence_parallel", "false"],
-    ["--mesh.dp", "4"],
+    pytest.param(["--mesh.dp", "2", "--sequence_parallel", "false"], marks=pytest.mark.slow),
+    pytest.param(["--mesh.dp", "4"], marks=pytest.mark.slow),
     ["--mesh.dp", "2", "--model.tied", "true"],
     ["--mesh.dp", "2", "--train.activation_checkpointing", "true"],
     ["--mesh.tp", "2", "--mesh.dp", "2", "--model.kv_heads", "4"],  # fewer than heads
-    ["--mesh.dp", "2", "--model.ffn_width", "50"],  # slices of 25 rows: the last shard of each is padded
+    # Slices of 25 rows: the last shard of each is padded.
+    pytest.param(["--mesh.dp", "2", "--model.ffn_width", "50"], marks=pytest.mark.slow),
 ], ids=lambda options: " ".join(options))  # fmt: skip
 def test_on_a_mesh(group, single_device, tmp_path, options):
     model = [word for key, value in zip(options[::2], options[1::2], strict=True) if key.startswith("--model")
@@ -121,7 +122,7 @@ def test_collectives_are_those_of_the_plan(group, ranks, layers, tied):
     assert group(ranks)(MORE_CASES, "collectives", True, tied, layers) == [cut] * ranks
 
 
-@pytest.mark.parametrize(("ranks", "dp"), [(2, 1), (4, 2), (3, 1)])
+@pytest.mark.parametrize(("ranks", "dp"), [(2, 1), (4, 2), pytest.param(3, 1, marks=pytest.mark.slow)])
 def test_bytes_per_rank(launch, tmp_path, ranks, dp):
     """A rank keeps 1/n of every matrix, and of a norm what FSDP leaves: tensor ranks hold it whole."""
     options = ["--train.steps", "2", "--mesh.dp", str(dp)]
@@ -150,7 +151,7 @@ def test_bad_input(group, tmp_path, ranks, options, words):
 
 @pytest.mark.parametrize(("first", "then"), [
     ((SCRIPT, 4, "--mesh.dp", "2"), (SCRIPT, 3)),
-    ((SCRIPT, 2), (SCRIPT, 4, "--mesh.dp", "2")),
+    pytest.param((SCRIPT, 2), (SCRIPT, 4, "--mesh.dp", "2"), marks=pytest.mark.slow),
     ((SCRIPT, 2), ("ddp/train.py", 3)),
     (("ddp/train.py", 2), (SCRIPT, 4)),
     (("fsdp/train.py", 3), (SCRIPT, 2)),
