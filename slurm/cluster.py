@@ -50,7 +50,7 @@ AuthType=auth/none
 CredType=cred/none
 # A requeued job waits until its old credential has expired: 120 s by default. Shorter than a launch on a busy machine
 # may take, and tasks are refused.
-AuthInfo=cred_expire=20
+AuthInfo=cred_expire=10
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid

@@ -62,8 +62,8 @@ def test_killed_node_requeued_resumed(cluster, undisturbed):
 
 @pytest.mark.alone
 def test_signal_before_the_time_limit(cluster, undisturbed):
-    """A limit of one minute, with the signal 40 s before it: the run needs several attempts."""
-    job = cluster.submit("--time=1", "--signal=B:USR1@40", *TRAINING)
+    """A limit of one minute, with the signal 30 s before it: the run needs several attempts."""
+    job = cluster.submit("--time=1", "--signal=B:USR1@30", *TRAINING)
     text = cluster.completed(job, timeout=360)
     restarts = int(cluster.show(job)["Restarts"])
     assert restarts >= 1, "the training ended before Slurm sent its signal"
