@@ -146,18 +146,19 @@ class Run:
             if exists and not name and not any(again):
                 advice = f"name the second with --run_name, or go on with --run_name {folder.name}"
                 raise ValueError(f"this Slurm job has a run {folder} already; {advice}")
+            elsewhere = resume not in ("auto", "never")
+            if elsewhere and Path(resume).resolve().is_relative_to(folder.resolve()):
+                advice = "leave resume out to go on with it, or choose another run_name to begin a new run from there"
+                raise ValueError(f"resume = {resume} lies in the folder of this very run; {advice}")
             start = checkpoint.latest(checkpoints)
             if start:
                 self._compare_with(folder, fingerprint)
-            elif resume not in ("auto", "never"):
+            elif elsewhere:
                 start = checkpoint.latest(Path(resume, "checkpoints")) or Path(resume)
                 try:
                     checkpoint.read_manifest(start)
                 except ValueError as error:
                     raise ValueError(f"resume = {resume}: {error}") from None
-            if exists and Path(resume).resolve().is_relative_to(folder.resolve()):
-                advice = "leave resume out to go on with it, or choose another run_name to begin a new run from there"
-                raise ValueError(f"resume = {resume} lies in the folder of this very run; {advice}")
             checkpoints.mkdir(parents=True, exist_ok=True)
             (folder / "stop").unlink(missing_ok=True)
             attempt = checkpoint.claim(checkpoints)
@@ -178,7 +179,8 @@ class Run:
         if changed:
             advice = f"go on with the same ones (--config {folder}/config.yaml), or choose another run_name"
             raise ValueError(f"run {folder} was made with other settings of {', '.join(changed)}; {advice}")
-        seen = json.loads((folder / "run.json").read_text())["data_fingerprint"]
+        record = folder / "run.json"  # fsdp/checkpoint.py writes none
+        seen = json.loads(record.read_text())["data_fingerprint"] if record.is_file() else fingerprint
         if fingerprint != seen:
             found = f"run {folder} was made with other data (fingerprint {seen}, now {fingerprint})"
             raise ValueError(f"{found}; go on with the same files, or choose another run_name")

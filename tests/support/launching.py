@@ -88,8 +88,9 @@ def run_command(command: list[str], timeout: float = 120, check: bool = True, **
 
 def assert_refused(answers: list[tuple[int, str]], words: str) -> None:
     """On every rank: exit code 2, and one line that says it; no traceback for a user's mistake."""
+    assert answers
     for code, message in answers:
-        assert code == 2
+        assert code == 2, message
         lines = [line for line in message.splitlines() if "error: " in line]
         assert len(lines) == 1, message
         assert words in lines[0], message
