@@ -52,6 +52,9 @@ def test_a_run_from_a_checkpoint_of_another_goes_on_with_its_own(group, tmp_path
     branch = ["--run_name", "branch", "--resume", str(tmp_path / "run")]
     assert begin_or_go_on(group, tmp_path, *branch, "--train.steps", "4") == [2, "branch"]
     assert begin_or_go_on(group, tmp_path, *branch, "--train.steps", "6") == [4, "branch"]
+    code, message = begin_or_go_on(group, tmp_path, *branch, "--train.steps", "8", fingerprint="another")
+    assert code == 2
+    assert "was made with other data" in message
 
 
 def test_a_run_cannot_begin_in_its_own_past(group, tmp_path):
