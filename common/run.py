@@ -488,7 +488,7 @@ def plot_loss(rows: list[dict[str, Any]], validation: dict[int, float], path: Pa
     """Draw training and validation loss over the steps into a PNG."""
     from matplotlib.figure import Figure  # without pyplot: no window system is touched
 
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(7, 4), dpi=120)
     axes = figure.add_subplot(xlabel="step", ylabel="loss")
     axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], label="training")
     if validation:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import plugin_rooms
 import pytest
-from launching import Groups, run_command
+from launching import SCRIPTS, Groups, run_command
 from slurm_cluster import SlurmCluster, why_not
 
 os.environ["OMP_NUM_THREADS"] = "1"  # ranks share the cores; more threads than cores are many times slower
@@ -58,7 +58,7 @@ def launch(tmp_path):
 
 @pytest.fixture(scope="session")
 def group():
-    """`group(3)("tests/ddp/cases.py", "function", *args)`: one result per rank; each size is started once a room."""
+    """`group(3)(ON_RANKS.function, *arguments)`: the results by rank; ranks stay up for the tests of one room."""
     groups = Groups()
     yield groups
     groups.stop()
@@ -79,7 +79,7 @@ def single_device(group, tmp_path_factory):
         if arguments not in made:
             folder = tmp_path_factory.mktemp("single_device")
             places = ["--runs_dir", str(folder), "--run_name", "one"]
-            group(1)("tests/ddp/cases.py", "train", "ddp/single_device.py", [*arguments, *places])
+            group(1)(SCRIPTS.train, "ddp/single_device.py", [*arguments, *places])
             made[arguments] = folder / "one"
         return made[arguments]
 

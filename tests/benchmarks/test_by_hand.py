@@ -5,13 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from launching import OnRanks
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import by_hand  # noqa: E402  (needs the path above)
 
-CASES = "tests/benchmarks/by_hand_cases.py"
+ON_RANKS = OnRanks("tests/benchmarks/by_hand_on_ranks.py")
 KEPT = ROOT / "benchmarks" / "results" / "by_hand"
 PARAMETERS = 1 + 8 * 9 + 1 + 1  # of "deep": embedding, nine in each block, the last norm, head
 
@@ -22,7 +23,7 @@ PARAMETERS = 1 + 8 * 9 + 1 + 1  # of "deep": embedding, nine in each block, the 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_fair_contests(group, ranks, comparison, case) -> None:
     """On two ranks to the bit, on three within the rounding that `verdict` allows."""
-    assert group(ranks)(CASES, "contest", comparison, case) == [None] * ranks
+    assert group(ranks)(ON_RANKS.contest, comparison, case) == [None] * ranks
 
 
 @pytest.mark.parametrize(("comparison", "case", "who", "cheat", "expected"), [
@@ -39,14 +40,14 @@ def test_fair_contests(group, ranks, comparison, case) -> None:
     ("hidden", "deep", 1, "silent", "bucketed by hand: "),
 ])  # fmt: skip
 def test_who_does_other_work_is_found_out(group, comparison, case, who, cheat, expected) -> None:
-    for problem in group(2)(CASES, "contest", comparison, case, who, cheat):
+    for problem in group(2)(ON_RANKS.contest, comparison, case, who, cheat):
         assert expected in problem
 
 
 def test_other_work_is_more_than_rounding(group) -> None:
     """On three ranks some difference is allowed; a step, or a message, left out is more than that."""
     for cheat in ("one step less", "silent"):
-        for problem in group(3)(CASES, "contest", "ddp", "deep", 1, cheat):
+        for problem in group(3)(ON_RANKS.contest, "ddp", "deep", 1, cheat):
             assert "bucketed by hand: " in problem
 
 
@@ -60,11 +61,11 @@ def test_other_work_is_more_than_rounding(group) -> None:
     ("hidden", "wide", [3, 3, 3, 0]),
 ])  # fmt: skip
 def test_collectives_of_a_step(group, comparison, case, expected) -> None:
-    assert group(2)(CASES, "collectives", comparison, case) == [expected] * 2
+    assert group(2)(ON_RANKS.collectives, comparison, case) == [expected] * 2
 
 
 def test_who_begins_changes(group) -> None:
-    two, three = (group(2)(CASES, "order_of_turns", count, 6)[0] for count in (2, 3))
+    two, three = (group(2)(ON_RANKS.order_of_turns, count, 6)[0] for count in (2, 3))
     assert two == [0, 1, 1, 0, 1, 0, 0, 1, 0, 1, 1, 0]
     assert three == [0, 1, 2, 1, 2, 0, 2, 0, 1, 2, 1, 0, 0, 2, 1, 1, 0, 2]
 

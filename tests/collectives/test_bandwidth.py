@@ -6,13 +6,13 @@ import subprocess
 import sys
 
 import pytest
-from launching import ROOT, clean_environment, free_port
+from launching import ROOT, OnRanks, clean_environment, free_port
 
 sys.path.insert(0, str(ROOT / "collectives"))
 
 import bandwidth
 
-CASES = "tests/collectives/bandwidth_cases.py"
+ON_RANKS = OnRanks("tests/collectives/bandwidth_on_ranks.py")
 ALL = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "reduce", "send_recv"]
 QUICK = ["--warmup", "1", "--repeats", "2"]
 # By hand, from the table in nccl-tests' doc/PERFORMANCE.md, at 2, 3 and 4 ranks.
@@ -38,7 +38,7 @@ def test_every_collective_at_every_size(group, tmp_path, size, dtype):
     file, image = tmp_path / "result.json", tmp_path / "result.png"
     options = ["--sizes", "1,1000,8k", "--dtype", dtype, "--json", str(file)]
     plot = ["--plot", str(image)] if size == 2 else []
-    answers = group(size)(CASES, "run", [*options, *plot, *QUICK])
+    answers = group(size)(ON_RANKS.run, [*options, *plot, *QUICK])
     assert [code for code, _, _ in answers] == [0] * size
     assert [bool(out) for _, out, _ in answers] == [True] + [False] * (size - 1)  # rank 0 speaks for all
     result = json.loads(file.read_text())
@@ -63,7 +63,7 @@ def test_every_collective_at_every_size(group, tmp_path, size, dtype):
 
 
 def test_the_slowest_rank_counts(group):
-    assert group(3)(CASES, "slowest_of") == [[3.0, 30.0, 9.0]] * 3  # rank 2 has 3, 10, 9; rank 0 has 1, 30, 9
+    assert group(3)(ON_RANKS.slowest_of) == [[3.0, 30.0, 9.0]] * 3  # rank 2 has 3, 10, 9; rank 0 has 1, 30, 9
 
 
 def test_under_torchrun_without_a_word_on_stderr(launch, tmp_path):
@@ -81,29 +81,29 @@ def test_under_torchrun_without_a_word_on_stderr(launch, tmp_path):
 @pytest.mark.parametrize("collective", ALL)
 def test_a_wrong_result_is_noticed_on_all_ranks(group, collective):
     on_rank = 0 if collective == "reduce" else 2  # a reduce ends on rank 0
-    answers = group(3)(CASES, "tampered", collective, on_rank)
+    answers = group(3)(ON_RANKS.tampered, collective, on_rank)
     for code, text in answers:
         (line,) = text.strip().splitlines()
         assert code == 2
         assert f"{collective} of 60 bytes gave a wrong result on rank(s) {on_rank} of 3" in line
-    assert group(3)(CASES, "tampered", collective, 7) == [(0, "")] * 3  # nobody tampers
+    assert group(3)(ON_RANKS.tampered, collective, 7) == [(0, "")] * 3  # nobody tampers
 
 
 @pytest.mark.parametrize("collective", ALL)
 def test_a_collective_that_does_nothing_is_noticed(group, collective):
-    passed = group(3)(CASES, "idle", collective)
+    passed = group(3)(ON_RANKS.idle, collective)
     excused = {"broadcast": [0], "reduce": [1, 2]}.get(collective, [])  # these ranks have nothing to receive
     assert [rank for rank in range(3) if passed[rank]] == excused
 
 
 def test_what_the_backend_lacks_is_named_and_passed_over(group):
-    answers = group(2)(CASES, "unsupported")
+    answers = group(2)(ON_RANKS.unsupported)
     assert all(isinstance(answer, str) and "Sparse" in answer for answer in answers), answers
 
 
 def test_groups_within_hosts(group):
     """Two hosts of two ranks each: the same collective over all four, and over each host's two."""
-    answers = group(4)(CASES, "hosts_of_two", [2, 2])
+    answers = group(4)(ON_RANKS.hosts_of_two, [2, 2])
     for rank, rows in enumerate(answers):
         mine = [0, 1] if rank < 2 else [2, 3]
         assert rows == [("all ranks", [0, 1, 2, 3], 4, 240), ("within nodes", mine, 2, 240)]
@@ -111,7 +111,7 @@ def test_groups_within_hosts(group):
 
 @pytest.mark.parametrize("counts", [[1, 1, 1], [2, 1]])
 def test_hosts_that_cannot_be_compared(group, counts):
-    for code, text in group(3)(CASES, "hosts_of_two", counts):
+    for code, text in group(3)(ON_RANKS.hosts_of_two, counts):
         assert code == 2 and len(text.strip().splitlines()) == 1
         assert ", ".join(map(str, counts)) in text and "equally many ranks, two or more" in text
 
@@ -189,7 +189,7 @@ def test_gate_goes_by_the_largest_size_over_all_ranks():
     (["--network_profile", "token-ring"], ["token-ring", "infiniband"]),
 ])  # fmt: skip
 def test_mistakes_are_one_line_on_every_rank(group, arguments, words):
-    for code, out, err in group(2)(CASES, "run", arguments, timeout=60):
+    for code, out, err in group(2)(ON_RANKS.run, arguments, timeout=60):
         (line,) = [line for line in err.splitlines() if "error: " in line]
         assert (code, out) == (2, "") and "Traceback" not in err
         assert all(word in line for word in words), line

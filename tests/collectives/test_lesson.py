@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from launching import ROOT
+from launching import ROOT, OnRanks
 
 sys.path.insert(0, str(ROOT / "collectives"))
 
@@ -14,7 +14,7 @@ import data_sharding_demo
 import point_to_point
 import ring_all_reduce
 
-CASES = "tests/collectives/lesson_cases.py"
+ON_RANKS = OnRanks("tests/collectives/lesson_on_ranks.py")
 
 
 def ended_well(answers):
@@ -27,7 +27,7 @@ def ended_well(answers):
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_every_operation(group, size):
-    printed = ended_well(group(size)(CASES, "run", "collective_ops", []))
+    printed = ended_well(group(size)(ON_RANKS.run, "collective_ops", []))
     assert len(collective_ops.OPERATIONS) == 18
     assert all(f"\n{name}: " in printed for name in collective_ops.OPERATIONS)
     assert printed.count("  →  ") == 18 * size  # a row for each rank
@@ -56,8 +56,8 @@ def test_what_the_operations_give(group):
                         {"model": 50, "data": 20}, {"model": 50, "data": 40}],
     }  # fmt: skip
     for name, expected in by_hand.items():
-        assert group(4)(CASES, "after", "collective_ops", name) == expected, name
-    uneven = group(3)(CASES, "after", "collective_ops", "all_to_all_uneven")
+        assert group(4)(ON_RANKS.after, "collective_ops", name) == expected, name
+    uneven = group(3)(ON_RANKS.after, "collective_ops", "all_to_all_uneven")
     assert uneven == [[0, 10, 20], [1, 2, 11, 12, 21, 22], [3, 4, 5, 13, 14, 15, 23, 24, 25]]
 
 
@@ -68,14 +68,14 @@ def test_what_the_operations_give(group):
     ("device_mesh", "all_reduce"),
 ])  # fmt: skip
 def test_an_operation_that_does_nothing_is_noticed(group, operation, call):
-    for code, text in group(3)(CASES, "tampered", operation, call):
+    for code, text in group(3)(ON_RANKS.tampered, operation, call):
         (line,) = text.strip().splitlines()
         assert code == 2 and f"{operation}: rank(s) " in line and "expected" in line
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_point_to_point(group, size):
-    printed = ended_well(group(size)(CASES, "run", "point_to_point", []))
+    printed = ended_well(group(size)(ON_RANKS.run, "point_to_point", []))
     assert all(f"\n{name}: " in printed for name in point_to_point.OPERATIONS)
     for call in ("send", "recv"):  # on one rank or on both: the first to give up closes the connection
         assert printed.count(f"Timed out waiting 2000ms for {call} operation to complete") in (1, 2)
@@ -92,7 +92,7 @@ def test_what_point_to_point_gives(group):
         "ring": [[[0, 1], [10, 11], [20, 21]]] * 3,
     }
     for name, expected in by_hand.items():
-        assert group(3)(CASES, "after", "point_to_point", name) == expected, name
+        assert group(3)(ON_RANKS.after, "point_to_point", name) == expected, name
 
 
 # ------------------------------------------------------------------------------------------------- the ring
@@ -103,7 +103,7 @@ def test_what_point_to_point_gives(group):
 def test_ring_sums(group, size, dtype):
     kind = getattr(torch, dtype)
     for elements in (0, 1, size, 10 * size + 1, 1000):
-        answers = group(size)(CASES, "ring_sum", elements, dtype)
+        answers = group(size)(ON_RANKS.ring_sum, elements, dtype)
         assert all(answer["in_place"] for answer in answers)
         assert all(answer["found"] == answers[0]["found"] for answer in answers)  # bit for bit on all ranks
         sent = [answer["sent"] for answer in answers]
@@ -129,18 +129,18 @@ def _values(elements, kind, rank):
 
 def test_ring_in_a_group(group):
     """Ranks 3 and 1 of four, and nobody else."""
-    answers = group(4)(CASES, "ring_sum", 7, "int64", [1, 3])
+    answers = group(4)(ON_RANKS.ring_sum, 7, "int64", [1, 3])
     assert answers[0] is answers[2] is None
     assert answers[1]["found"] == answers[1]["theirs"] == answers[3]["found"]
     assert len(answers[1]["sent"]) == 2
 
 
 def test_ring_of_what_does_not_lie_in_a_row(group):
-    assert group(3)(CASES, "ring_of_a_transpose") == [True] * 3
+    assert group(3)(ON_RANKS.ring_of_a_transpose) == [True] * 3
 
 
 def test_the_rings_own_check_notices(group):
-    for code, text in group(3)(CASES, "ring_that_forgets"):
+    for code, text in group(3)(ON_RANKS.ring_that_forgets):
         assert code == 2 and "wrong on rank(s)" in text and len(text.strip().splitlines()) == 1
 
 
@@ -148,7 +148,7 @@ def test_the_rings_own_check_notices(group):
 def test_ring_measured(group, tmp_path, size):
     image = tmp_path / "ring.png"
     options = ["--sizes", "1K,16K,256K", "--repeats", "2", "--plot", str(image)]
-    printed = ended_well(group(size)(CASES, "run", "ring_all_reduce", options))
+    printed = ended_well(group(size)(ON_RANKS.run, "ring_all_reduce", options))
     assert f"{2 * (size - 1)} messages of S / {size} bytes" in printed
     assert "fitted: α = " in printed and all(f"{count:>12,} " in printed for count in (1024, 16384, 262144))
     assert image.read_bytes().startswith(b"\x89PNG")
@@ -175,7 +175,7 @@ play = data_sharding_demo.main.__wrapped__  # without @record, which wants the s
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_sharding_on_ranks(group, size):
-    printed = ended_well(group(size)(CASES, "run", "data_sharding_demo", []))
+    printed = ended_well(group(size)(ON_RANKS.run, "data_sharding_demo", []))
     padded = {2: 1, 3: 2, 4: 3}[size]
     assert f"25 samples on {size} ranks, so {padded} come once too often" in printed
     assert "nobody sees 1 of them" in printed  # 25 = 12 · 2 + 1 = 8 · 3 + 1 = 6 · 4 + 1
@@ -195,7 +195,7 @@ def test_sharding_played(capsys, ranks):
 def test_played_and_real_ranks_see_the_same(group, capsys):
     play(data_sharding_demo.ShardingConfig(ranks=3))
     played = capsys.readouterr().out.split("\n6. ")[0].replace("played", "real")
-    assert group(3)(CASES, "run", "data_sharding_demo", [])[0][1].split("\n6. ")[0] == played
+    assert group(3)(ON_RANKS.run, "data_sharding_demo", [])[0][1].split("\n6. ")[0] == played
 
 
 @pytest.mark.parametrize(("name", "words"), [
@@ -232,7 +232,7 @@ def test_wrong_counts_are_noticed(monkeypatch, capsys, name, words):
     ("data_sharding_demo", ["--samples", "0"], ["samples = 0", "at least 1"]),
 ])  # fmt: skip
 def test_mistakes_are_one_line_on_every_rank(group, script, arguments, words):
-    for code, _, err in group(2)(CASES, "run", script, arguments, timeout=60):
+    for code, _, err in group(2)(ON_RANKS.run, script, arguments, timeout=60):
         (line,) = [line for line in err.splitlines() if "error: " in line]
         assert code == 2 and "Traceback" not in err
         assert all(word in line for word in words), line

@@ -3,38 +3,39 @@
 import json
 
 import pytest
+from launching import OnRanks
 
-CASES = "tests/common/checkpoint_cases.py"
+ON_RANKS = OnRanks("tests/common/checkpoint_on_ranks.py")
 
 
 @pytest.mark.parametrize(("saved_at", "loaded_at"), [(1, 1), (2, 2), (3, 2), (2, 3), (4, 1)])
 def test_round_trip_at_any_world_size(group, tmp_path, saved_at, loaded_at):
-    before = group(saved_at)(CASES, "train_and_save", str(tmp_path))
-    after = group(loaded_at)(CASES, "load_into_fresh", str(tmp_path / "step_3"))
+    before = group(saved_at)(ON_RANKS.train_and_save, str(tmp_path))
+    after = group(loaded_at)(ON_RANKS.load_into_fresh, str(tmp_path / "step_3"))
     assert all(state == before[0] for state in before + after)  # hashes of weights and optimizer state
 
 
 @pytest.mark.parametrize("saved", ["plain", "ddp", "compiled"])
 @pytest.mark.parametrize("loaded", ["plain", "ddp", "compiled"])
 def test_names_are_those_of_the_bare_model(group, tmp_path, saved, loaded):
-    before = group(2)(CASES, "train_and_save", str(tmp_path), saved)
+    before = group(2)(ON_RANKS.train_and_save, str(tmp_path), saved)
     names = json.loads((tmp_path / "step_3" / "manifest.json").read_text())["parameters"]
     assert not any("module." in name or "_orig_mod" in name for name in names)
-    after = group(2)(CASES, "load_into_fresh", str(tmp_path / "step_3"), loaded)
+    after = group(2)(ON_RANKS.load_into_fresh, str(tmp_path / "step_3"), loaded)
     assert after == before
 
 
 def test_only_the_newest_committed_ones_stay(group, tmp_path):
     (tmp_path / "step_1" / "shards-dead").mkdir(parents=True)  # a rank of a dead attempt was still writing here
-    folders = group(2)(CASES, "save_many", str(tmp_path), [2, 4, 6], 2)
+    folders = group(2)(ON_RANKS.save_many, str(tmp_path), [2, 4, 6], 2)
     assert folders[0] == ["step_4", "step_6"]
-    assert group(2)(CASES, "latest_step", str(tmp_path)) == ["step_6", "step_6"]
+    assert group(2)(ON_RANKS.latest_step, str(tmp_path)) == ["step_6", "step_6"]
 
 
 def test_without_a_manifest_it_is_not_there(group, tmp_path):
-    group(2)(CASES, "save_many", str(tmp_path), [2, 4], 5)
+    group(2)(ON_RANKS.save_many, str(tmp_path), [2, 4], 5)
     (tmp_path / "step_4" / "manifest.json").unlink()  # as if killed before the commit
-    assert group(2)(CASES, "latest_step", str(tmp_path)) == ["step_2", "step_2"]
+    assert group(2)(ON_RANKS.latest_step, str(tmp_path)) == ["step_2", "step_2"]
 
 
 def damage_truncate(folder):
@@ -81,9 +82,9 @@ def damage_no_manifest(folder):
     damage_truncate, damage_flip, damage_delete, damage_metadata, damage_manifest, damage_foreign, damage_no_manifest,
 ])  # fmt: skip
 def test_damaged(group, tmp_path, damage):
-    group(2)(CASES, "train_and_save", str(tmp_path))
+    group(2)(ON_RANKS.train_and_save, str(tmp_path))
     words = damage(tmp_path / "step_3")
-    for code, line in group(2)(CASES, "load_fails", str(tmp_path / "step_3"), {}):
+    for code, line in group(2)(ON_RANKS.load_fails, str(tmp_path / "step_3"), {}):
         assert code == 2
         assert len(line.strip().splitlines()) == 1
         assert all(word in line for word in words), line
@@ -95,34 +96,34 @@ def test_damaged(group, tmp_path, damage):
     ({"optimizer": "SGD"}, ["AdamW", "SGD", "optimizer.name"]),
 ])  # fmt: skip
 def test_of_another_model(group, tmp_path, options, words):
-    group(2)(CASES, "train_and_save", str(tmp_path))
-    for code, line in group(2)(CASES, "load_fails", str(tmp_path / "step_3"), options):
+    group(2)(ON_RANKS.train_and_save, str(tmp_path))
+    for code, line in group(2)(ON_RANKS.load_fails, str(tmp_path / "step_3"), options):
         assert code == 2
         assert all(word in line for word in words), line
 
 
 def test_folders_that_the_ranks_do_not_share(group, tmp_path):
     """As with runs_dir on each node's own disk: nothing is committed that could not be loaded."""
-    for code, line in group(2)(CASES, "save_fails", str(tmp_path), 4, True):
+    for code, line in group(2)(ON_RANKS.save_fails, str(tmp_path), 4, True):
         assert code == 2
         assert "is runs_dir on a shared file system?" in line
     assert not list(tmp_path.rglob("manifest.json"))
 
 
 def test_a_folder_that_cannot_be_written(group, tmp_path):
-    group(2)(CASES, "save_many", str(tmp_path), [2], 2)
+    group(2)(ON_RANKS.save_many, str(tmp_path), [2], 2)
     (tmp_path / "step_4").write_text("a file where the folder should be")
-    for code, line in group(2)(CASES, "save_fails", str(tmp_path), 4):
+    for code, line in group(2)(ON_RANKS.save_fails, str(tmp_path), 4):
         assert code == 2
         assert "could not be written" in line
         assert "earlier checkpoints are untouched" in line
-    assert group(2)(CASES, "latest_step", str(tmp_path)) == ["step_2", "step_2"]
+    assert group(2)(ON_RANKS.latest_step, str(tmp_path)) == ["step_2", "step_2"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_a_leftover_of_a_dead_attempt_commits_nothing(group, tmp_path, ranks):
     """Once another attempt has claimed the folder, the first one's saves end it, on all ranks, and remove nothing."""
-    for saves, committed in group(ranks)(CASES, "leftover", str(tmp_path)):
+    for saves, committed in group(ranks)(ON_RANKS.leftover, str(tmp_path)):
         assert [code for code, _ in saves] == [0, 2, 0, 2, 2]
         assert all("another attempt has taken over" in words for code, words in saves if code)
         assert committed == ["step_1", "step_2"]
@@ -131,7 +132,7 @@ def test_a_leftover_of_a_dead_attempt_commits_nothing(group, tmp_path, ranks):
 @pytest.mark.parametrize("committed_meanwhile", [True, False])
 def test_a_leftover_that_wakes_in_its_commit(group, tmp_path, committed_meanwhile):
     """It replaces no manifest; where there is none yet its own is whole, and the new attempt may replace it."""
-    [(end, found, then, shards)] = group(1)(CASES, "wakes_before_the_commit", str(tmp_path), committed_meanwhile)
+    [(end, found, then, shards)] = group(1)(ON_RANKS.wakes_before_the_commit, str(tmp_path), committed_meanwhile)
     assert end[0] == 2
     assert "another attempt has taken over" in end[1]
     assert (found, then) == ("second" if committed_meanwhile else "first", "second")

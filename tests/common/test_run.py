@@ -4,13 +4,14 @@ import json
 import statistics
 
 import pytest
+from launching import OnRanks
 
-CASES = "tests/common/run_cases.py"
+ON_RANKS = OnRanks("tests/common/run_on_ranks.py")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_the_logged_loss_is_the_sum_over_ranks_divided_by_the_units(group, tmp_path, size):
-    group(size)(CASES, "log_five_steps", str(tmp_path))
+    group(size)(ON_RANKS.log_five_steps, str(tmp_path))
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     # Rank r contributes (r + 1) x (step + 1); there are 10 units in a step.
     assert [row["loss"] for row in rows] == [sum(range(1, size + 1)) * (step + 1) / 10 for step in range(5)]
@@ -18,27 +19,27 @@ def test_the_logged_loss_is_the_sum_over_ranks_divided_by_the_units(group, tmp_p
 
 
 def test_one_collective_a_step_read_one_step_late(group, tmp_path):
-    calls, rows_seen = group(2)(CASES, "count_collectives", str(tmp_path))[0]
+    calls, rows_seen = group(2)(ON_RANKS.count_collectives, str(tmp_path))[0]
     assert calls == [1] * 5  # all-reduces that Run itself starts in each step
     assert rows_seen == [0, 1, 2, 3, 4]  # rows known when step k has been logged: those before it
 
 
 @pytest.mark.parametrize("who", [0, 1, 2])
 def test_a_wish_to_stop_on_one_rank_stops_all_at_the_same_step(group, tmp_path, who):
-    assert group(3)(CASES, "steps_until_stopped", str(tmp_path), who, 4) == [6, 6, 6]  # asked in step 4, read in step 5
+    assert group(3)(ON_RANKS.steps_until_stopped, str(tmp_path), who, 4) == [6, 6, 6]  # asked in step 4, read in step 5
 
 
 def test_names_are_unique_and_hold_the_job(group, tmp_path):
-    names = {group(2)(CASES, "folder_name", str(tmp_path), {})[0] for _ in range(3)}
+    names = {group(2)(ON_RANKS.folder_name, str(tmp_path), {})[0] for _ in range(3)}
     assert len(names) == 3
-    a, b = group(2)(CASES, "folder_name", str(tmp_path), {"SLURM_JOB_ID": "17"})
+    a, b = group(2)(ON_RANKS.folder_name, str(tmp_path), {"SLURM_JOB_ID": "17"})
     assert a == b
     assert a.endswith("-job17")  # a requeued job finds its run again
 
 
 def begin_or_go_on(group, folder, *arguments, size=2, environment=None, fingerprint="fingerprint"):
     """What one rank says: [first step, folder's name], or [exit code, message]; all must say the same."""
-    answers = group(size)(CASES, "begin_or_go_on", str(folder), list(arguments), environment, fingerprint)
+    answers = group(size)(ON_RANKS.begin_or_go_on, str(folder), list(arguments), environment, fingerprint)
     assert all(answer[0] == answers[0][0] for answer in answers)
     return answers[0]
 
@@ -101,7 +102,7 @@ def test_the_speed_is_that_of_the_ranks_now(group, tmp_path):
 
 
 def test_the_record_says_what_ran(group, tmp_path):
-    group(2)(CASES, "log_five_steps", str(tmp_path))
+    group(2)(ON_RANKS.log_five_steps, str(tmp_path))
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (record["framework"], record["strategy"], record["world_size"], record["mesh"]) == (
         "torch",
@@ -117,7 +118,7 @@ def test_the_record_says_what_ran(group, tmp_path):
 @pytest.mark.parametrize(("flops", "peak"), [(None, None), (6e6, None), (6e6, 1e12)])
 def test_utilisation_in_the_record(group, tmp_path, flops, peak):
     """Speed without the first step; the model's FLOP/s on each of two ranks, and what part of the peak that is."""
-    group(2)(CASES, "log_five_steps", str(tmp_path), flops, peak)
+    group(2)(ON_RANKS.log_five_steps, str(tmp_path), flops, peak)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     rate = statistics.median(row["tokens_per_second"] for row in rows[1:] if "loss" in row)
@@ -129,14 +130,14 @@ def test_utilisation_in_the_record(group, tmp_path, flops, peak):
 
 def test_tensorboard_gets_the_curve(group, tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    group(1)(CASES, "log_five_steps", str(tmp_path))
+    group(1)(ON_RANKS.log_five_steps, str(tmp_path))
     events = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [0, 4]  # the steps that are printed
 
 
 def test_a_loss_that_is_not_a_number_ends_all_ranks(group, tmp_path):
-    for code, line in group(2)(CASES, "log_nan", str(tmp_path)):
+    for code, line in group(2)(ON_RANKS.log_nan, str(tmp_path)):
         assert code == 2
         assert "the loss is nan at step 2" in line
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -5,9 +5,7 @@ import shutil
 
 import pytest
 from equality import SMALL
-from launching import whose_rank_1_dies
-
-CASES = "tests/ddp/cases.py"
+from launching import SCRIPTS, whose_rank_1_dies
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +13,7 @@ def finished(tmp_path_factory, group):
     """A finished run of two ranks, to be damaged in copies."""
     folder = tmp_path_factory.mktemp("finished")
     arguments = [*SMALL, "--train.steps", "2", "--runs_dir", str(folder), "--run_name", "run"]
-    group(2)(CASES, "train", "ddp/train.py", arguments)
+    group(2)(SCRIPTS.train, "ddp/train.py", arguments)
     return folder / "run"
 
 
@@ -49,7 +47,7 @@ def other_settings(run):
 ])  # fmt: skip
 def test_one_line_on_every_rank(group, tmp_path, arguments, words):
     common = [] if "--data.sequence_length" in arguments else SMALL
-    answers = group(2)(CASES, "ends", "ddp/train.py", [*common, "--runs_dir", str(tmp_path), *arguments], timeout=60)
+    answers = group(2)(SCRIPTS.ends, "ddp/train.py", [*common, "--runs_dir", str(tmp_path), *arguments], timeout=60)
     for code, text in answers:
         lines = [line for line in text.splitlines() if "error: " in line]
         assert code == 2
@@ -68,7 +66,7 @@ def test_damaged_or_changed_runs(group, finished, tmp_path, damage, words):
     damage(run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     arguments = [*SMALL, "--train.steps", "4", "--runs_dir", str(tmp_path), "--run_name", "run"]
-    for code, text in group(2)(CASES, "ends", "ddp/train.py", arguments, timeout=60):
+    for code, text in group(2)(SCRIPTS.ends, "ddp/train.py", arguments, timeout=60):
         assert code == 2
         assert all(word in text for word in words), text
     of_the_attempt = ("config.yaml", "run.json", "attempt")  # what every start writes
@@ -78,14 +76,14 @@ def test_damaged_or_changed_runs(group, finished, tmp_path, damage, words):
 
 def test_never_resume(group, finished):
     arguments = [*SMALL, "--runs_dir", str(finished.parent), "--run_name", "run", "--resume", "never"]
-    for code, text in group(2)(CASES, "ends", "ddp/train.py", arguments):
+    for code, text in group(2)(SCRIPTS.ends, "ddp/train.py", arguments):
         assert code == 2
         assert "exists already" in text
 
 
 def test_unwritable_run_folder(group, tmp_path):
     (tmp_path / "file").write_text("not a folder")  # also root, who may write anywhere, cannot make a folder in a file
-    for code, text in group(2)(CASES, "ends", "ddp/train.py", [*SMALL, "--runs_dir", str(tmp_path / "file")]):
+    for code, text in group(2)(SCRIPTS.ends, "ddp/train.py", [*SMALL, "--runs_dir", str(tmp_path / "file")]):
         assert code == 2
         assert "run folder" in text
         assert "--runs_dir" in text

@@ -4,11 +4,11 @@ import json
 import sys
 
 import pytest
-from launching import run_command
+from launching import SCRIPTS, run_command
 
 from common.transformer import ModelConfig, Transformer
 
-SCRIPT, CASES = "ddp/communication_overlap.py", "tests/ddp/cases.py"
+SCRIPT = "ddp/communication_overlap.py"
 CAP_MB = 0.1
 SMALL = ["--model.width", "64", "--model.ffn_width", "96", "--model.layers", "3", "--data.sequence_length", "32",
          "--bucket_cap_mb", str(CAP_MB), "--train.steps", "3"]  # fmt: skip
@@ -34,7 +34,7 @@ def results(request, tmp_path_factory, group):
     if request.param == 2:
         return request.getfixturevalue("two_ranks")[1]
     folder = tmp_path_factory.mktemp("three_ranks")
-    group(3)(CASES, "train", SCRIPT, [*SMALL, "--device", "cpu", "--output", str(folder)])
+    group(3)(SCRIPTS.train, SCRIPT, [*SMALL, "--device", "cpu", "--output", str(folder)])
     return json.loads((folder / "results.json").read_text())
 
 
@@ -146,7 +146,7 @@ def test_output(two_ranks):
     ],
 )
 def test_mistakes_end_in_one_line(group, arguments, message):
-    for code, text in group(2)(CASES, "ends", SCRIPT, arguments):
+    for code, text in group(2)(SCRIPTS.ends, SCRIPT, arguments):
         assert code == 2
         assert message in text
         assert text.count("error: ") == 1, text

@@ -3,8 +3,9 @@
 import re
 
 import pytest
+from launching import SCRIPTS
 
-SCRIPT, CASES = "ddp/gradient_accumulation.py", "tests/ddp/cases.py"
+SCRIPT = "ddp/gradient_accumulation.py"
 # Two layers of width 32: neither the counts nor the equality depend on the size.
 SMALL = ["--model.width", "32", "--model.ffn_width", "48", "--model.layers", "2", "--train.steps", "2"]
 BLOCK = 2 * 32 + 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48  # norms; query, output; key, value (4 of 8 heads); ffn
@@ -62,7 +63,7 @@ def test_the_script_fails_when_it_finds_something_else(group, tmp_path):
         "    lesson.VARIANTS[name] = (right if expected else wrong, expected)\n"
         "lesson.main(lesson.parse(lesson.AccumulationConfig))\n"
     )
-    for message, _ in group(2)(CASES, "ends", str(swapped), SMALL):  # a message instead of a code: exit code 1
+    for message, _ in group(2)(SCRIPTS.ends, str(swapped), SMALL):  # a message instead of a code: exit code 1
         assert "error: not what this lesson says" in message
         assert all(f"{name}: " in message for name in VARIANTS), message
 
@@ -76,7 +77,7 @@ def test_the_script_fails_when_it_finds_something_else(group, tmp_path):
     ],
 )
 def test_mistakes_end_in_one_line(group, arguments, message):
-    for code, text in group(2)(CASES, "ends", SCRIPT, arguments):
+    for code, text in group(2)(SCRIPTS.ends, SCRIPT, arguments):
         assert code == 2
         assert message in text
         assert text.count("error: ") == 1, text

@@ -9,9 +9,8 @@ import time
 
 import pytest
 from equality import SMALL, largest_difference, read_checkpoint, read_rows, read_validation
-from launching import ROOT, clean_environment, kill_tree
+from launching import ROOT, SCRIPTS, clean_environment, kill_tree
 
-CASES = "tests/ddp/cases.py"
 STEPS = 12
 
 
@@ -35,7 +34,7 @@ def undisturbed(tmp_path_factory, group):
         if precision not in made:
             made[precision] = tmp_path_factory.mktemp("undisturbed") / "run"
             options = ["--train.precision", precision, "--checkpoint.every", "6", "--train.eval_every", "3"]
-            group(2)(CASES, "train", "ddp/train.py", arguments(made[precision].parent, "run", *options))
+            group(2)(SCRIPTS.train, "ddp/train.py", arguments(made[precision].parent, "run", *options))
         return made[precision]
 
     return get
@@ -47,7 +46,7 @@ def test_same_world_size_is_bitwise(group, undisturbed, tmp_path, precision):
     shutil.copytree(whole, tmp_path / "run")
     cut_back(tmp_path / "run", 6)
     options = ["--train.precision", precision, "--checkpoint.every", "6", "--train.eval_every", "3"]
-    group(2)(CASES, "train", "ddp/train.py", arguments(tmp_path, "run", *options))
+    group(2)(SCRIPTS.train, "ddp/train.py", arguments(tmp_path, "run", *options))
     a, b = read_checkpoint(whole, STEPS), read_checkpoint(tmp_path / "run", STEPS)
     assert largest_difference(a, b) == 0
     rows = read_rows(tmp_path / "run")
@@ -62,7 +61,7 @@ def test_same_world_size_is_bitwise(group, undisturbed, tmp_path, precision):
 def test_another_world_size_goes_on_with_the_same_training(group, undisturbed, tmp_path, script, world_size):
     whole = undisturbed("fp64")
     options = ["--train.precision", "fp64", "--resume", str(whole / "checkpoints" / "step_6")]
-    group(world_size)(CASES, "train", script, arguments(tmp_path, "other", *options))
+    group(world_size)(SCRIPTS.train, script, arguments(tmp_path, "other", *options))
     # fp64 sums in another order: 1e-12, as in test_train_equality.py
     a, b = read_checkpoint(whole, STEPS), read_checkpoint(tmp_path / "other", STEPS)
     assert largest_difference(a, b) <= 1e-12
@@ -108,8 +107,8 @@ def test_killed_in_mid_run(launch, group, tmp_path):
     steps = committed + 4
     after = ["--train.steps", "400", "--train.precision", "fp64"]
     # The learning rate depends on train.steps, which therefore stays; both runs are told to stop at the same step.
-    group(2)(CASES, "train_until", "ddp/train.py", arguments(tmp_path, "killed", *after), steps)
-    group(2)(CASES, "train_until", "ddp/train.py", arguments(tmp_path, "whole", *after), steps)
+    group(2)(SCRIPTS.train_until, "ddp/train.py", arguments(tmp_path, "killed", *after), steps)
+    group(2)(SCRIPTS.train_until, "ddp/train.py", arguments(tmp_path, "whole", *after), steps)
     last = max(int(m.parent.name[5:]) for m in (tmp_path / "whole").glob("checkpoints/step_*/manifest.json"))
     a, b = read_checkpoint(tmp_path / "whole", last), read_checkpoint(tmp_path / "killed", last)
     assert largest_difference(a, b) == 0  # two ranks, same machine: bitwise

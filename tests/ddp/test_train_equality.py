@@ -11,6 +11,7 @@ from equality import (
     read_checkpoint,
     read_rows,
 )
+from launching import SCRIPTS
 
 STEPS = 20
 
@@ -35,7 +36,7 @@ def test_fp64_is_the_proof(group, reference, tmp_path, world_size, accumulation)
     one = reference(*options)
     micro = 48 // world_size // accumulation
     many = arguments(tmp_path, "many", *options, "--batch.micro_size", str(micro))
-    group(world_size)("tests/ddp/cases.py", "train", "ddp/train.py", many)
+    group(world_size)(SCRIPTS.train, "ddp/train.py", many)
     assert_same_training(one, tmp_path / "many")
 
 
@@ -46,7 +47,7 @@ def test_fp32(group, reference, tmp_path, name, lr, world_size, parameters):
     """fp32 rounds at 6e-8; AdamW divides by the root of tiny second moments, which amplifies the last bits."""
     options = ["--optimizer.name", name, "--optimizer.lr", lr]
     one = reference(*options)
-    group(world_size)("tests/ddp/cases.py", "train", "ddp/train.py", arguments(tmp_path, "many", *options))
+    group(world_size)(SCRIPTS.train, "ddp/train.py", arguments(tmp_path, "many", *options))
     assert_same_rows(one, tmp_path / "many", 1e-5)
     a, b = read_checkpoint(one, STEPS), read_checkpoint(tmp_path / "many", STEPS)
     assert largest_difference(a, b, "model.") <= parameters
@@ -54,7 +55,7 @@ def test_fp32(group, reference, tmp_path, name, lr, world_size, parameters):
 
 def test_first_gradients_in_fp32(group, reference, tmp_path):
     options = ["--train.steps", "1", "--optimizer.clip", "1000"]
-    group(4)("tests/ddp/cases.py", "train", "ddp/train.py", arguments(tmp_path, "many", *options))
+    group(4)(SCRIPTS.train, "ddp/train.py", arguments(tmp_path, "many", *options))
     # Embedding and head, nine weights in each of two blocks, the last norm.
     assert_same_first_gradients(reference(*options), tmp_path / "many", 2 + 2 * 9 + 1)
 
@@ -67,7 +68,7 @@ def test_first_gradients_in_fp32(group, reference, tmp_path):
 def test_variants_in_fp64(group, reference, tmp_path, options):
     options = [*options, "--train.precision", "fp64"]
     one = reference(*options)
-    group(3)("tests/ddp/cases.py", "train", "ddp/train.py", arguments(tmp_path, "many", *options))
+    group(3)(SCRIPTS.train, "ddp/train.py", arguments(tmp_path, "many", *options))
     assert_same_training(one, tmp_path / "many")
 
 
@@ -88,5 +89,5 @@ def test_parameters_have_moved(reference):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_trains(group, reference, tmp_path, precision):
     """Autocast over fp32 weights: the loss falls as in fp32; 2e-2 is some five bf16 roundings (2^-8) of a loss of 5."""
-    group(2)("tests/ddp/cases.py", "train", "ddp/train.py", arguments(tmp_path, "low", "--train.precision", precision))
+    group(2)(SCRIPTS.train, "ddp/train.py", arguments(tmp_path, "low", "--train.precision", precision))
     assert_trains_in_low_precision(reference(), tmp_path / "low", 2e-2)

@@ -9,14 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from equality import largest_difference, read_checkpoint, read_rows
-from launching import ROOT
+from launching import ROOT, SCRIPTS, OnRanks
 
 from common.config import Config, parse, to_dict
 from common.data import ImageConfig, image_datasets
 from common.data_sharding import BatchConfig, BatchPlan
 from common.vision import VisionConfig, VisionModel, build_model
 
-SCRIPT, CASES, VISION_CASES = "ddp/train_vision.py", "tests/ddp/cases.py", "tests/ddp/vision_cases.py"
+SCRIPT = "ddp/train_vision.py"
+ON_RANKS = OnRanks("tests/ddp/vision_on_ranks.py")
 SMALL = ["--model.name", "small_cnn"]
 EVERY = ["--checkpoint.every", "1", "--checkpoint.keep", "99"]
 STEPS, WARMUP, GLOBAL, SEED, VALIDATION = 12, 3, 48, 1234, 359
@@ -25,7 +26,7 @@ STEPS, WARMUP, GLOBAL, SEED, VALIDATION = 12, 3, 48, 1234, 359
 def train(group, world_size, folder, name, *more):
     """Train small_cnn on `world_size` ranks; returns the run folder."""
     arguments = [*SMALL, "--runs_dir", str(folder), "--run_name", name, *more]
-    group(world_size)(CASES, "train", SCRIPT, arguments)
+    group(world_size)(SCRIPTS.train, SCRIPT, arguments)
     return folder / name
 
 
@@ -114,7 +115,7 @@ def test_fp64_is_the_proof(group, tmp_path, norm, world_size, accumulation):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_running_statistics_become_the_mean_over_the_ranks(group, world_size):
-    answers = group(world_size)(VISION_CASES, "averaged_statistics")
+    answers = group(world_size)(ON_RANKS.averaged_statistics)
     own = sum(range(world_size)) / world_size
     expected = torch.tensor([own, 1 + own, 10 + own, 11 + own, 12 + own], dtype=torch.float64)
     for means, variances, batches in answers:
@@ -127,7 +128,7 @@ def test_running_statistics_become_the_mean_over_the_ranks(group, world_size):
 def test_without_the_average_the_ranks_disagree(group, tmp_path):
     """The replica check sees buffers: it is this that makes the other tests' check_replicas_every mean something."""
     options = [*SMALL, "--train.steps", "3", "--train.check_replicas_every", "1", "--runs_dir", str(tmp_path)]
-    for code, stderr in group(3)(VISION_CASES, "train_without_averaging", options):
+    for code, stderr in group(3)(ON_RANKS.train_without_averaging, options):
         assert code == 2 and "different weights: first in 1.running_mean" in stderr
 
 
@@ -156,7 +157,7 @@ def test_the_evaluation_does_not_depend_on_the_world_size(group, trained):
     logged = next(row for row in rows_of(trained) if row["step"] == 120 and "val_loss" in row)
     path = str(trained / "checkpoints" / "step_120")
     for world_size, batch_size in ((1, 48), (3, 7)):  # logged were 2 ranks, 24 images at a time
-        answers = group(world_size)(VISION_CASES, "evaluate_checkpoint", path, batch_size)
+        answers = group(world_size)(ON_RANKS.evaluate_checkpoint, path, batch_size)
         assert len(set(answers)) == 1  # all ranks know it
         loss, accuracy = answers[0]
         assert accuracy == logged["accuracy"] and (accuracy * VALIDATION) == round(accuracy * VALIDATION)
@@ -232,7 +233,7 @@ def test_networks():
 ])  # fmt: skip
 def test_a_mistake_is_one_line_on_every_rank(group, tmp_path, arguments, words):
     options = [*([] if "--model.name" in arguments else SMALL), "--runs_dir", str(tmp_path), *arguments]
-    for code, text in group(2)(CASES, "ends", SCRIPT, options):
+    for code, text in group(2)(SCRIPTS.ends, SCRIPT, options):
         lines = [line for line in text.splitlines() if "error: " in line]
         assert code == 2 and len(lines) == 1 and "Traceback" not in text, text
         assert all(word in lines[0] for word in words), lines

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from equality import largest_difference
+from launching import OnRanks
 from safetensors.torch import load_file
 
 from common.data_sharding import BatchConfig, BatchPlan
@@ -18,7 +19,7 @@ from common.optimizer import OptimizerConfig, build_optimizer, learning_rate, se
 from common.question_answering import QuestionDataset, load_tokenizer, read_questions
 
 ROOT = Path(__file__).resolve().parents[2]
-CASES = "tests/deepspeed/finetune_cases.py"
+ON_RANKS = OnRanks("tests/deepspeed/finetune_on_ranks.py")
 STEPS, GLOBAL = 3, 48
 # Plain gradient descent at a rate of 1 and without clipping: the weights at the end are those of the beginning minus
 # the gradients, so that a factor in a gradient, which AdamW would hide, is as large in them.
@@ -147,7 +148,7 @@ def assert_same(run, expected, tolerance=TOLERANCE):
 def one(group, places, tmp_path_factory):
     """What one rank saw and left behind, without DeepSpeed: (what it saw, its run folder)."""
     folder = tmp_path_factory.mktemp("one")
-    seen = group(1)(CASES, "train", arguments(places, folder))
+    seen = group(1)(ON_RANKS.train, arguments(places, folder))
     return seen[0], folder / "run"
 
 
@@ -172,7 +173,7 @@ THIN = [("baseline", 4), ("zero2", 4), ("zero3", 1)]
 )
 def test_two_ranks_train_what_one_does(group, one, plain, data, places, tmp_path, strategy, accumulation):
     """The same loss, gradients, samples and answers, and as many optimizer steps as were asked for."""
-    seen = group(2)(CASES, "train", arguments(places, tmp_path, *options(strategy, accumulation)))
+    seen = group(2)(ON_RANKS.train, arguments(places, tmp_path, *options(strategy, accumulation)))
     assert_same(tmp_path / "run", plain(SGD))
     train_set, plan = data
     for rank, mine in enumerate(seen):
@@ -199,7 +200,7 @@ def test_two_ranks_train_what_one_does(group, one, plain, data, places, tmp_path
 def test_adamw(group, plain, places, tmp_path, ranks, strategy):
     """Learning rate, decay of matrices alone, clipping. AdamW divides by small averages: 1e-4 where SGD has 1e-5."""
     given = arguments(places, tmp_path, *options(strategy, 1, ranks), optimizer=ADAMW)
-    group(ranks)(CASES, "train", given)
+    group(ranks)(ON_RANKS.train, given)
     assert_same(tmp_path / "run", plain(ADAMW), 1e-4)
     assert [row["lr"] for row in rows(tmp_path / "run") if "loss" in row] == pytest.approx(
         [learning_rate(step, STEPS, ADAMW) for step in range(STEPS)], rel=1e-12
@@ -211,9 +212,9 @@ def test_adamw(group, plain, places, tmp_path, ranks, strategy):
 def test_the_random_model_is_the_same_under_all(group, places, tmp_path, strategy):
     """As the README's commands train it; and as fsdp/finetune.py's first line says."""
     given = [*arguments(places, tmp_path, *options(strategy))[2:], "--train.steps", "1"]
-    group(2)(CASES, "train", given)
+    group(2)(ON_RANKS.train, given)
     (tmp_path / "plain").mkdir()
-    group(1)(CASES, "train", [*arguments(places, tmp_path / "plain")[2:], "--train.steps", "1"])
+    group(1)(ON_RANKS.train, [*arguments(places, tmp_path / "plain")[2:], "--train.steps", "1"])
     assert abs(rows(tmp_path / "run")[0]["loss"] - rows(tmp_path / "plain" / "run")[0]["loss"]) <= TOLERANCE
 
 
@@ -221,7 +222,7 @@ def test_the_random_model_is_the_same_under_all(group, places, tmp_path, strateg
 @pytest.mark.parametrize("strategy", ["baseline", "zero2", "zero3"])
 def test_bf16_trains(group, plain, places, tmp_path, strategy):
     """3e-2 is some seven roundings of 2^-8 of a loss of about 5.6; equal it must not be."""
-    group(2)(CASES, "train", arguments(places, tmp_path, *options(strategy), "--train.precision", "bf16"))
+    group(2)(ON_RANKS.train, arguments(places, tmp_path, *options(strategy), "--train.precision", "bf16"))
     low, exact = rows(tmp_path / "run"), plain(SGD)[0]
     assert 0 < abs(low[0]["loss"] - exact[0][0]) < 3e-2
     assert low[STEPS - 1]["loss"] < low[0]["loss"] - 0.3
@@ -251,10 +252,10 @@ def test_the_export_loads_in_transformers(one, data):
 def test_going_on(group, plain, places, tmp_path, strategy):
     """Told to stop after two steps of three, then started again: the same training, and one record of it."""
     given = arguments(places, tmp_path, *options(strategy, 2), optimizer=ADAMW)
-    group(2)(CASES, "train_until", given, 2)
+    group(2)(ON_RANKS.train_until, given, 2)
     assert len([row for row in rows(tmp_path / "run") if "loss" in row]) == 2
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "complete.json").is_file()
-    seen = group(2)(CASES, "train", given)
+    seen = group(2)(ON_RANKS.train, given)
     assert [mine["optimizer_steps"] for mine in seen] == [1, 1]
     assert_same(tmp_path / "run", plain(ADAMW), 1e-4)
 
@@ -263,25 +264,25 @@ def test_going_on(group, plain, places, tmp_path, strategy):
 def test_checkpoints_that_cannot_be_used(group, places, tmp_path):
     """Another strategy, other data, a damaged file; and one that was never finished is not there at all."""
     given = arguments(places, tmp_path, *options("zero2"), "--train.steps", "2", "--checkpoint.every", "1")
-    group(2)(CASES, "train", given)
+    group(2)(ON_RANKS.train, given)
     folder = tmp_path / "run" / "checkpoints"
     more = [*given, "--train.steps", "3"]
     other = [*arguments(places, tmp_path, *options("zero3"))]
-    assert_one_line(group(2)(CASES, "ends", other), "checkpoint-2 was made with zero2 on 2 ranks, this is zero3 on 2")
+    assert_one_line(group(2)(ON_RANKS.ends, other), "checkpoint-2 was made with zero2 on 2 ranks, this is zero3 on 2")
     other_model = shutil.copytree(places / "llama", tmp_path / "llama")
     other_data = shutil.copy(places / "train.json", tmp_path / "other.json")
     for name, made, now in [
         ("seed", "1234", "7"), ("batch.global_size", "48", "24"), ("data.sequence_length", "64", "72"),
         ("data.train", places / "train.json", other_data), ("model_path", places / "llama", other_model),
     ]:  # fmt: skip
-        refused = group(2)(CASES, "ends", [*more, "--batch.micro_size", "12", f"--{name}", str(now)])
+        refused = group(2)(ON_RANKS.ends, [*more, "--batch.micro_size", "12", f"--{name}", str(now)])
         assert_one_line(refused, f"checkpoint-2 was made with {name} = {re.escape(str(made))}, this run has {now};")
     file = next((folder / "checkpoint-2").rglob("*optim_states.pt"))
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert_one_line(group(2)(CASES, "ends", more), "is missing or changed since it was written")
+    assert_one_line(group(2)(ON_RANKS.ends, more), "is missing or changed since it was written")
     (folder / "checkpoint-2" / "complete.json").unlink()
-    assert [mine["optimizer_steps"] for mine in group(2)(CASES, "train", more)] == [2, 2]  # from checkpoint-1
+    assert [mine["optimizer_steps"] for mine in group(2)(ON_RANKS.train, more)] == [2, 2]  # from checkpoint-1
 
 
 # -------------------------------------------------------------------------------------------------------- bad input
@@ -310,7 +311,7 @@ def test_bad_settings(group, places, tmp_path):
         (["--model_path", str(tmp_path)], "no config.json there"),
         (["--data.sequence_length", "129"], "takes 128 tokens; lower it"),
     ]:
-        assert_one_line(group(2)(CASES, "ends", [*arguments(places, tmp_path), *given]), words)
+        assert_one_line(group(2)(ON_RANKS.ends, [*arguments(places, tmp_path), *given]), words)
     assert not (tmp_path / "run").exists()
 
 

@@ -4,10 +4,11 @@ import re
 
 import pytest
 import torch
-from launching import assert_refused
+from launching import OnRanks, assert_refused
 from transformers import AutoModelForCausalLM
 
-CASES, SCRIPT = "tests/deepspeed/offload_cases.py", "deepspeed/inference.py"
+SCRIPT = "deepspeed/inference.py"
+ON_RANKS = OnRanks("tests/deepspeed/offload_on_ranks.py")
 SMALL = ["--model.width", "64", "--model.ffn_width", "96", "--model.layers", "2", "--tokens", "8", "--repeats", "1"]
 
 
@@ -70,4 +71,4 @@ def test_weights_of_transformers(launch, tmp_path):
     (["--prompt", ""], "prompt is empty"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
 def test_bad_input(group, options, words):
-    assert_refused(group(2)(CASES, "ends", SCRIPT, [*SMALL, *options]), words)
+    assert_refused(group(2)(ON_RANKS.ends, SCRIPT, [*SMALL, *options]), words)

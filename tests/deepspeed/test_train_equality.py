@@ -14,11 +14,12 @@ from equality import (
     read_checkpoint,
     read_rows,
 )
-from launching import ROOT, assert_refused
+from launching import ROOT, OnRanks, assert_refused
 
 from common.transformer import ModelConfig, Transformer
 
-CASES, SCRIPT = "tests/deepspeed/cases.py", "deepspeed/train.py"
+SCRIPT = "deepspeed/train.py"
+ON_RANKS = OnRanks("tests/deepspeed/deepspeed_on_ranks.py")
 STEPS = 20
 BASE = [*SMALL, "--train.steps", str(STEPS), "--batch.global_size", "48"]
 STAGES = ["zero0", "zero1", "zero2", "zero3"]
@@ -48,7 +49,7 @@ def test_first_gradients(group, single_device, tmp_path, config, accumulation):
     """
     options = ["--train.steps", "1", "--optimizer.clip", "1000", "--optimizer.weight_decay", "10"]
     one = single_device(*BASE, *options)
-    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, config, *options, *accumulate(2, accumulation)))
+    group(2)(ON_RANKS.train, SCRIPT, arguments(tmp_path, config, *options, *accumulate(2, accumulation)))
     assert_same_first_gradients(one, tmp_path / "many", 2 + 2 * 9 + 1)
     a, b = read_checkpoint(one, 1), read_checkpoint(tmp_path / "many", 1)
     assert largest_difference(a, b, "model.") <= 1e-6  # one step of 3e-4 to 1e-3: a lost decay would be 3e-4
@@ -62,7 +63,7 @@ def test_first_gradients(group, single_device, tmp_path, config, accumulation):
 def test_training(group, single_device, tmp_path, ranks, config, accumulation):
     """At 3 ranks partitions end in padding. AdamW's division by small roots amplifies the last bits of fp32."""
     one, many = single_device(*BASE), tmp_path / "many"
-    group(ranks)(CASES, "train", SCRIPT, arguments(tmp_path, config, *accumulate(ranks, accumulation)))
+    group(ranks)(ON_RANKS.train, SCRIPT, arguments(tmp_path, config, *accumulate(ranks, accumulation)))
     assert_same_rows(one, many, 1e-5)
     a, b = read_checkpoint(one, STEPS), read_checkpoint(many, STEPS)
     assert largest_difference(a, b, "model.") <= 1e-4
@@ -72,7 +73,7 @@ def test_training(group, single_device, tmp_path, ranks, config, accumulation):
 @pytest.mark.parametrize("config", ["zero3", *(pytest.param(n, marks=pytest.mark.slow) for n in STAGES[1:3])])
 def test_bf16_trains(group, single_device, tmp_path, config):
     """DeepSpeed computes with bf16 weights, where autocast casts operations: losses are close, not equal."""
-    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, config, "--train.precision", "bf16"))
+    group(2)(ON_RANKS.train, SCRIPT, arguments(tmp_path, config, "--train.precision", "bf16"))
     assert_trains_in_low_precision(single_device(*BASE), tmp_path / "many")
 
 
@@ -83,7 +84,7 @@ def test_what_a_file_leaves_out_comes_from_the_settings(group, single_device, tm
     file.write_text('{"zero_optimization": {"stage": 2}}')
     options = ["--optimizer.clip", "0.5"]
     more = [*options, *accumulate(2, 4), "--deepspeed_config", str(file), "--train.precision", precision]
-    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "zero2", *more))
+    group(2)(ON_RANKS.train, SCRIPT, arguments(tmp_path, "zero2", *more))
     one, many = single_device(*BASE, *options), tmp_path / "many"
     if precision == "bf16":
         assert_trains_in_low_precision(one, many)
@@ -105,7 +106,7 @@ def test_sections_that_change_no_training(group, single_device, tmp_path):
     settings["zero_optimization"]["offload_param"] = None
     (tmp_path / "long.json").write_text(json.dumps(settings))
     more = ["--train.steps", "3", "--deepspeed_config", str(tmp_path / "long.json")]
-    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "zero2", *more))
+    group(2)(ON_RANKS.train, SCRIPT, arguments(tmp_path, "zero2", *more))
     assert_same_rows(single_device(*BASE, "--train.steps", "3"), tmp_path / "many", 1e-5)
 
 
@@ -114,7 +115,7 @@ def test_sections_that_change_no_training(group, single_device, tmp_path):
 ], ids=lambda options: " ".join(options))  # fmt: skip
 def test_options_of_stage_3(group, single_device, tmp_path, options):
     options = [*options, *(["--optimizer.lr", "0.01"] if "sgd" in options else [])]
-    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "zero3", *options))
+    group(2)(ON_RANKS.train, SCRIPT, arguments(tmp_path, "zero3", *options))
     assert_same_rows(single_device(*BASE, *options), tmp_path / "many", 1e-5)
 
 
@@ -180,7 +181,7 @@ def test_what_a_step_sends(group, tmp_path, config, zero, expected):
     more = ["--train.steps", "3", "--train.check_replicas_every", "0", "--deepspeed_config", str(file)]
     for accumulation in (1, 2):
         options = [*more, *accumulate(2, accumulation), "--run_name", f"accumulation-{accumulation}"]
-        for steps in group(2)(CASES, "sent", SCRIPT, arguments(tmp_path, config, *options)):
+        for steps in group(2)(ON_RANKS.sent, SCRIPT, arguments(tmp_path, config, *options)):
             found = {kind: count for kind, count in steps[2].items() if count > 100}  # not norm, loss, stop flag
             assert found.keys() == expected.keys()
             for kind, times in expected.items():
@@ -205,9 +206,9 @@ def test_resume_elsewhere(group, single_device, tmp_path, first, then):
         script = "ddp/train.py" if config == "ddp" else SCRIPT
         given = arguments(tmp_path, config)
         given = given[: given.index("--deepspeed_config")] if config == "ddp" else given
-        group(ranks)(CASES, function, script, given, *more)
+        group(ranks)(function, script, given, *more)
 
-    go("train_until", *first, 10)
+    go(ON_RANKS.train_until, *first, 10)
     assert len(read_rows(tmp_path / "many")) == 10
     go("train", *then)
     one, many = single_device(*BASE), tmp_path / "many"
@@ -217,7 +218,7 @@ def test_resume_elsewhere(group, single_device, tmp_path, first, then):
 
 
 def test_run_record(group, tmp_path):
-    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "zero2", "--train.steps", "2"))
+    group(2)(ON_RANKS.train, SCRIPT, arguments(tmp_path, "zero2", "--train.steps", "2"))
     record = json.loads((tmp_path / "many" / "run.json").read_text())
     assert (record["framework"], record["strategy"], record["world_size"]) == ("deepspeed", "zero2", 2)
     assert record["versions"]["deepspeed"]
@@ -303,5 +304,5 @@ def test_bad_input(group, tmp_path, change, options, words):
         base = json.loads((ROOT / "deepspeed" / "configs" / "zero2.json").read_text())
         file.write_text(change if isinstance(change, str) else json.dumps(base | change))
     given = [*arguments(tmp_path, "zero2"), "--deepspeed_config", str(file), *options]
-    assert_refused(group(2)(CASES, "ends", SCRIPT, given), words)
+    assert_refused(group(2)(ON_RANKS.ends, SCRIPT, given), words)
     assert not (tmp_path / "many").exists()

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT, run_command
+from launching import ROOT, OnRanks, run_command
 
-CASES, SCRIPT = "tests/deepspeed/offload_cases.py", "deepspeed/zero_offload.py"
+SCRIPT = "deepspeed/zero_offload.py"
+ON_RANKS = OnRanks("tests/deepspeed/offload_on_ranks.py")
 # Each group of the optimizer has a number of elements that ranks and alignment divide: no padding in any stage.
 SMALL = ["--model.width", "64", "--model.ffn_width", "128", "--model.layers", "1", "--steps", "1"]
 
@@ -39,7 +40,7 @@ def loss_of(printed: str) -> list[float]:
 def test_bytes_by_place(group, tmp_path, ranks):
     printed = ""
     for case in ("zero2", "zero2_cpu", "zero3_cpu"):
-        printed += "\n" + group(ranks)(CASES, "says", SCRIPT, [*SMALL, "--case", case])[0]
+        printed += "\n" + group(ranks)(ON_RANKS.says, SCRIPT, [*SMALL, "--case", case])[0]
     count, n = parameter_count(printed), ranks
     plain, optimizer_in_host, all_in_host = tables(printed).values()
     # The first step makes Adam's two averages, 8 bytes a parameter, and two step counters of 4 bytes.
@@ -75,7 +76,7 @@ def test_bytes_by_place(group, tmp_path, ranks):
     (["--case", "zero4"], "case = zero4 has the wrong type or value"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
 def test_bad_input(group, options, words):
-    for code, message in group(2)(CASES, "ends", SCRIPT, options):
+    for code, message in group(2)(ON_RANKS.ends, SCRIPT, options):
         assert code == 2
         assert words in message
 

@@ -4,13 +4,13 @@ import sys
 
 import pytest
 import torch
-from launching import ROOT
+from launching import ROOT, OnRanks
 
 sys.path.insert(0, str(ROOT / "from_scratch"))
 
 import context_parallel as cp
 
-CASES = "tests/from_scratch/cp_cases.py"
+ON_RANKS = OnRanks("tests/from_scratch/cp_on_ranks.py")
 
 
 @pytest.mark.parametrize("kv_heads", [6, 2], ids=["all heads", "grouped"])
@@ -18,7 +18,7 @@ CASES = "tests/from_scratch/cp_cases.py"
 @pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_ring_attention(group, ranks, balanced, kv_heads):
     """fp64 and values of order 1 to 100: some 1e-14."""
-    for seen, sends in group(ranks)(CASES, "attention", balanced, kv_heads, torch.float64):
+    for seen, sends in group(ranks)(ON_RANKS.attention, balanced, kv_heads, torch.float64):
         assert seen.keys() == {"output", "d query", "d key", "d value"}
         assert max(seen.values()) <= 1e-12, seen
         assert sends == (ranks - 1) + (ranks - 1) + ranks  # keys and values twice, their gradients home
@@ -27,7 +27,7 @@ def test_ring_attention(group, ranks, balanced, kv_heads):
 def test_ring_attention_in_bf16(group):
     """Only the inputs and results are rounded, by 2^-9 of values up to some 4 (output) and 16 (gradients). With scores
     in bf16 the output alone was off by 0.17."""
-    for seen, _ in group(2)(CASES, "attention", True, 2, torch.bfloat16):
+    for seen, _ in group(2)(ON_RANKS.attention, True, 2, torch.bfloat16):
         assert seen["output"] <= 2e-2 and max(seen.values()) <= 0.1, seen
 
 
@@ -35,15 +35,15 @@ def test_ring_attention_in_bf16(group):
 @pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_training_is_that_of_one_process(group, ranks, balanced):
     """As for the other strategies: 1e-16 rounding, amplified a little. A wrong position shows in the first loss."""
-    for seen in group(ranks)(CASES, "train", balanced, {}, 20):
+    for seen in group(ranks)(ON_RANKS.train, balanced, {}, 20):
         assert seen.pop("moved") > 1e-2
         assert seen.keys() == {"loss", "gradients", "norm", "parameters"}
         assert max(seen.values()) <= 1e-12, seen
 
 
 def test_every_position_is_somewhere(group):
-    assert group(3)(CASES, "split", False) == [list(range(r * 8, r * 8 + 8)) for r in range(3)]
-    assert group(3)(CASES, "split", True) == [
+    assert group(3)(ON_RANKS.split, False) == [list(range(r * 8, r * 8 + 8)) for r in range(3)]
+    assert group(3)(ON_RANKS.split, True) == [
         [0, 1, 2, 3, 20, 21, 22, 23],
         [4, 5, 6, 7, 16, 17, 18, 19],
         [8, 9, 10, 11, 12, 13, 14, 15],
@@ -66,7 +66,7 @@ def test_balance(ranks):
 
 
 def test_what_cannot_work_is_refused(group):
-    for message in group(2)(CASES, "refused", "sequence"):
+    for message in group(2)(ON_RANKS.refused, "sequence"):
         assert message == "a sequence of 18 tokens does not divide into 4 pieces; choose a multiple"
-    for message in group(2)(CASES, "refused", "mask"):
+    for message in group(2)(ON_RANKS.refused, "mask"):
         assert message.startswith("ring attention is causal and takes no mask")

@@ -5,30 +5,30 @@ import sys
 
 import pytest
 import torch
-from launching import ROOT
+from launching import ROOT, OnRanks
 
 sys.path.insert(0, str(ROOT / "tests" / "from_scratch"))
 
-from dp_cases import check
+from dp_on_ranks import check
 
-CASES = "tests/from_scratch/zero_cases.py"
+ON_RANKS = OnRanks("tests/from_scratch/zero_on_ranks.py")
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_training_is_that_of_one_process(group, ranks, accumulation, tied):
-    check(group(ranks)(CASES, "train_fully_sharded", accumulation, {"tied": tied}))
+    check(group(ranks)(ON_RANKS.train_fully_sharded, accumulation, {"tied": tied}))
 
 
 @pytest.mark.parametrize("options", [{"reshard": False}, {"checkpointing": True}, {"experts": 4}], ids=str)
 def test_variants(group, options):
-    check(group(2)(CASES, "train_fully_sharded", 4, options))
+    check(group(2)(ON_RANKS.train_fully_sharded, 4, options))
 
 
 def test_fp32(group):
     """fp32 rounds at 6e-8; AdamW divides by the root of tiny second moments, which amplifies the last bits."""
-    answers = group(3)(CASES, "train_fully_sharded", 1, {"dtype": torch.float32})
+    answers = group(3)(ON_RANKS.train_fully_sharded, 1, {"dtype": torch.float32})
     check(answers, losses=1e-5, parameters=1e-4)
 
 
@@ -40,7 +40,7 @@ def gathered(unit: list[list[int]], itemsize: int = 4) -> int:
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_bytes_are_what_the_formula_says(group, ranks):
     """Between steps 1/n of everything. While a block computes, the root, that block and the next to come are whole."""
-    for seen in group(ranks)(CASES, "step_of_units", True, 1, {}):
+    for seen in group(ranks)(ON_RANKS.step_of_units, True, 1, {}):
         held, (root, first, second) = seen["held"], seen["units"]
         shards = 4 * sum(
             math.ceil(sum(sizes[:-1]) / ranks) for unit in (root, first, second) for sizes in unit
@@ -60,7 +60,7 @@ def test_bytes_are_what_the_formula_says(group, ranks):
 def test_messages(group, reshard, gathers):
     """Three units of two kinds (matrices, vectors): a gather forward and, if freed, backward; a reduce-scatter. All of
     it for every micro-batch."""
-    for seen in group(2)(CASES, "step_of_units", reshard, 4, {}):
+    for seen in group(2)(ON_RANKS.step_of_units, reshard, 4, {}):
         assert seen["events"].count("all_gather") == 4 * 6 * gathers
         assert seen["events"].count("reduce_scatter") == 4 * 6
 
@@ -68,7 +68,7 @@ def test_messages(group, reshard, gathers):
 def test_the_next_unit_is_fetched_ahead(group):
     """The gathers of a block begin before the block before it computes, and are waited for after that; gradients leave
     during backward."""
-    for seen in group(2)(CASES, "step_of_units", True, 1, {}):
+    for seen in group(2)(ON_RANKS.step_of_units, True, 1, {}):
         events = seen["events"]
         root, block = ["all_gather", "wait"] * 2, ["all_gather"] * 2
         forward = ["before", *root, *block, "wait", "wait", *block, "forward 0", "wait", "wait", "forward 1", "between"]
@@ -84,7 +84,7 @@ def test_the_next_unit_is_fetched_ahead(group):
 @pytest.mark.parametrize("reduce", ["float32", "bfloat16"])
 def test_low_precision(group, reduce):
     """bf16 rounds at 2^-9; gradients of some dozens of such operations in a row are within a few per cent."""
-    for seen in group(2)(CASES, "low_precision", reduce):
+    for seen in group(2)(ON_RANKS.low_precision, reduce):
         assert seen["computed in"] == {"weight": torch.bfloat16, "input": torch.bfloat16}
         assert seen["reduced in"] == {getattr(torch, reduce)}
         assert seen["kept in"] == seen["gradients in"] == {torch.float32}
@@ -92,7 +92,7 @@ def test_low_precision(group, reduce):
 
 
 def test_low_precision_gathers_half_the_bytes(group):
-    for seen in group(2)(CASES, "step_of_units", True, 1, {"compute_dtype": torch.bfloat16}):
+    for seen in group(2)(ON_RANKS.step_of_units, True, 1, {"compute_dtype": torch.bfloat16}):
         root, _, second = seen["units"]
         assert seen["held"]["forward 1"]["gathered"] == gathered(root, 2) + gathered(second, 2)
 
@@ -102,7 +102,7 @@ def test_odd_units(group, in_group):
     """Tied inside a unit, frozen, unused, shapes that do not divide, two micro-batches. fp64, values of order 100."""
     names = ["shift", "first.weight", "first.bias", "inner.0.weight", "inner.0.bias", "inner.2.weight", "inner.2.bias",
              "tied.weight", "unused.weight", "unused.bias"]  # fmt: skip
-    answers = group(3)(CASES, "odd_units", in_group)
+    answers = group(3)(ON_RANKS.odd_units, in_group)
     for seen, found, held in answers[1:] if in_group else answers:
         assert max(seen.values()) <= 1e-11 and len(seen) == 9, seen
         assert sorted(found) == sorted(names)
@@ -110,7 +110,7 @@ def test_odd_units(group, in_group):
 
 
 def test_the_state_dict_has_the_models_own_names(group):
-    for equal, parameters, gap in group(3)(CASES, "state_round_trip"):
+    for equal, parameters, gap in group(3)(ON_RANKS.state_round_trip):
         assert equal
         assert parameters == sorted(
             f"{unit}flat_shard_{kind}" for unit in ("", "blocks.0.", "blocks.1.") for kind in (0, 1)
@@ -119,5 +119,5 @@ def test_the_state_dict_has_the_models_own_names(group):
 
 
 def test_a_tie_across_units_is_refused(group):
-    for message in group(2)(CASES, "tied_across_units"):
+    for message in group(2)(ON_RANKS.tied_across_units):
         assert message.startswith("parameter weight of Linear is tied to one that another unit has cut up")

@@ -3,18 +3,18 @@
 import sys
 
 import pytest
-from launching import ROOT
+from launching import ROOT, OnRanks
 
 sys.path.insert(0, str(ROOT / "from_scratch"))
 
 import mesh
 
-CASES = "tests/from_scratch/dp_cases.py"
+ON_RANKS = OnRanks("tests/from_scratch/dp_on_ranks.py")
 
 
 def test_two_by_two(group):
     """dp 2 x tp 2 of ranks 0 … 3: tp has neighbours, dp every second."""
-    answers = group(4)(CASES, "grid", {"dp": 2, "tp": 2})
+    answers = group(4)(ON_RANKS.grid, {"dp": 2, "tp": 2})
     assert [coordinates for coordinates, _ in answers] == [
         {"dp": d, "pp": 0, "cp": 0, "tp": t} for d in (0, 1) for t in (0, 1)
     ]
@@ -25,7 +25,7 @@ def test_two_by_two(group):
 
 
 def test_data_and_context_parallel_ranks_together(group):
-    for _, sums in group(4)(CASES, "grid", {"dp": 2, "cp": 2}):
+    for _, sums in group(4)(ON_RANKS.grid, {"dp": 2, "cp": 2}):
         assert sums["dp_cp"] == (0 + 1 + 2 + 3, 4)
         assert sums["dp"][1] == sums["cp"][1] == 2
 
@@ -45,5 +45,5 @@ def test_lines_of_a_large_grid():
     ({"dp": 0}, "the mesh is dp 0 x pp 1 x cp 1 x tp 1; expected at least 1 on every axis"),
 ])  # fmt: skip
 def test_sizes_that_do_not_fit(group, sizes, found):
-    for message in group(2)(CASES, "refused_grid", sizes):
+    for message in group(2)(ON_RANKS.refused_grid, sizes):
         assert message.startswith(found) and "\n" not in message

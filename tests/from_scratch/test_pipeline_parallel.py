@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from launching import ROOT, clean_environment
+from launching import ROOT, OnRanks, clean_environment
 
 sys.path.insert(0, str(ROOT / "from_scratch"))
 
@@ -14,7 +14,7 @@ import pipeline_parallel as pp
 
 from common.transformer import ModelConfig
 
-CASES = "tests/from_scratch/pp_cases.py"
+ON_RANKS = OnRanks("tests/from_scratch/pp_on_ranks.py")
 EIGHT = {"layers": 8}
 
 
@@ -52,7 +52,7 @@ def check_order(logs, schedule, micro_batches, chunks=1):
 @pytest.mark.parametrize("schedule", ["afab", "1f1b"])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_training_is_that_of_one_process(group, ranks, schedule, micro_batches, steps):
-    logs = check(group(ranks)(CASES, "train", schedule, micro_batches, 1, {"layers": 4}, steps))
+    logs = check(group(ranks)(ON_RANKS.train, schedule, micro_batches, 1, {"layers": 4}, steps))
     name, peaks = check_order(logs, schedule, micro_batches)
     if schedule == "afab":
         assert peaks == [micro_batches] * ranks
@@ -73,7 +73,7 @@ def test_training_is_that_of_one_process(group, ranks, schedule, micro_batches, 
     (4, 8, 2, EIGHT, 3),
 ])  # fmt: skip
 def test_interleaved(group, ranks, micro_batches, chunks, changes, steps):
-    logs = check(group(ranks)(CASES, "train", "interleaved", micro_batches, chunks, changes, steps))
+    logs = check(group(ranks)(ON_RANKS.train, "interleaved", micro_batches, chunks, changes, steps))
     name, peaks = check_order(logs, "interleaved", micro_batches, chunks)
     assert name == f"interleaved 1F1B with {chunks} stages a rank"
     assert peaks == [min(chunks * micro_batches, 2 * (ranks - r - 1) + (chunks - 1) * ranks + 1) for r in range(ranks)]
@@ -84,7 +84,7 @@ def test_tied_embedding_and_uneven_layers(group, ranks):
     """The tied weight lives on the first and the last stage, with one gradient; layers go where the caller says."""
     ends = {2: [0, 1, 4], 4: [0, 1, 3, 4, 5]}[ranks]
     layers = [range(a, b) for a, b in itertools.pairwise(ends)]
-    answers = group(ranks)(CASES, "train", "1f1b", 4, 1, {"layers": ends[-1], "tied": True}, 20, layers)
+    answers = group(ranks)(ON_RANKS.train, "1f1b", 4, 1, {"layers": ends[-1], "tied": True}, 20, layers)
     assert [seen["layers"] for seen, _ in answers] == [len(part) for part in layers]
     check(answers)
 
@@ -108,7 +108,7 @@ def test_orders_written_by_hand():
 def test_messages_in_their_places(group):
     first, second = (
         "".join(event["event"][0] for event in events)
-        for _, events in group(2)(CASES, "train", "1f1b", 4, 1, {"layers": 4}, 3)
+        for _, events in group(2)(ON_RANKS.train, "1f1b", 4, 1, {"layers": 4}, 3)
     )
     assert first == "fs" + "fsrb" * 3 + "rb"
     assert second == "rfbs" * 4
@@ -129,7 +129,7 @@ def test_every_schedule_runs_to_its_end_with_the_ideal_bubble():
 
 def test_a_chart_is_named_for_what_it_shows(group, tmp_path):
     """Recorded from 1F1B, in a folder that says afab; its second step is shown."""
-    group(3)(CASES, "write_log", "1f1b", str(tmp_path / "afab"))
+    group(3)(ON_RANKS.write_log, "1f1b", str(tmp_path / "afab"))
     finished = subprocess.run(
         [sys.executable, "from_scratch/gantt.py", tmp_path / "afab", "--out", tmp_path / "chart.png"],
         cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=60,
@@ -197,5 +197,5 @@ def test_layers_are_split_by_cost():
     ("1f1b", 1, {"layers": 1}, "model.layers is 1 for 2 stages"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(group, schedule, chunks, changes, found):
-    for message in group(2)(CASES, "refused", schedule, chunks, changes):
+    for message in group(2)(ON_RANKS.refused, schedule, chunks, changes):
         assert message.startswith(found) and "\n" not in message

@@ -5,32 +5,32 @@ import sys
 
 import pytest
 import torch
-from launching import ROOT
+from launching import ROOT, OnRanks
 
 sys.path.insert(0, str(ROOT / "tests" / "from_scratch"))
 
-from dp_cases import check
+from dp_on_ranks import check
 
-CASES = "tests/from_scratch/zero_cases.py"
+ON_RANKS = OnRanks("tests/from_scratch/zero_on_ranks.py")
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_zero_2_trains_what_one_process_trains(group, ranks, accumulation, tied):
-    check(group(ranks)(CASES, "train_sharded_optimizer", 2, accumulation, {"tied": tied}))
+    check(group(ranks)(ON_RANKS.train_sharded_optimizer, 2, accumulation, {"tied": tied}))
 
 
 @pytest.mark.parametrize(("ranks", "accumulation", "tied"), [(2, 4, True), (3, 1, False), (3, 4, True), (4, 1, False)])
 def test_zero_1_does_too(group, ranks, accumulation, tied):
     """Its gradients are those of data_parallel.py, where all combinations are tested."""
-    check(group(ranks)(CASES, "train_sharded_optimizer", 1, accumulation, {"tied": tied}))
+    check(group(ranks)(ON_RANKS.train_sharded_optimizer, 1, accumulation, {"tied": tied}))
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_fp32(group, stage):
     """fp32 rounds at 6e-8; AdamW divides by the root of tiny second moments, which amplifies the last bits."""
-    answers = group(3)(CASES, "train_sharded_optimizer", stage, 1, {"dtype": torch.float32})
+    answers = group(3)(ON_RANKS.train_sharded_optimizer, stage, 1, {"dtype": torch.float32})
     check(answers, losses=1e-5, parameters=1e-4)
 
 
@@ -38,7 +38,7 @@ def test_fp32(group, stage):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_bytes_are_what_the_formula_says(group, stage, ranks):
     """AdamW keeps two numbers of 8 bytes for each element of a piece; a piece is ceil(size / n)."""
-    for seen in group(ranks)(CASES, "bytes_and_messages", stage, 1):
+    for seen in group(ranks)(ON_RANKS.bytes_and_messages, stage, 1):
         pieces, whole = sum(math.ceil(size / ranks) for size in seen["sizes"]), sum(seen["sizes"])
         assert seen["state"] == 2 * 8 * pieces
         assert whole / ranks <= pieces < whole / ranks + len(seen["sizes"])
@@ -51,14 +51,14 @@ def test_bytes_are_what_the_formula_says(group, stage, ranks):
 
 
 def test_messages_of_zero_1(group):
-    for seen in group(2)(CASES, "bytes_and_messages", 1, 4):
+    for seen in group(2)(ON_RANKS.bytes_and_messages, 1, 4):
         gradients = ["all_reduce"] * len(seen["sizes"])
         assert seen["events"] == ["backward ends"] * 4 + gradients + ["all_gather"]
 
 
 def test_messages_of_zero_2(group):
     """A reduce-scatter a gradient and micro-batch, all begun before backward ends, all but one finished there too."""
-    for seen in group(2)(CASES, "bytes_and_messages", 2, 4):
+    for seen in group(2)(ON_RANKS.bytes_and_messages, 2, 4):
         count, events = len(seen["sizes"]), seen["events"]
         in_backward = ["reduce_scatter"] + ["wait", "reduce_scatter"] * (count - 1) + ["backward ends", "wait"]
         assert events == in_backward * 4 + ["all_gather"]
@@ -75,14 +75,14 @@ def test_messages_of_zero_2(group):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_any_elementwise_optimizer(group, stage, name, options):
     """In 3 parts of tensors of 35, 7, 7 and 1 elements; fp64, five steps."""
-    for seen in group(3)(CASES, "any_optimizer", stage, name, options):
+    for seen in group(3)(ON_RANKS.any_optimizer, stage, name, options):
         assert seen.keys() == {"parameters", "state"}
         assert max(seen.values()) <= 1e-12, seen
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_frozen_tied_unused_and_a_group_without_rank_0(group, stage):
-    outside, *inside = group(3)(CASES, "odd_optimizer", stage)
+    outside, *inside = group(3)(ON_RANKS.odd_optimizer, stage)
     assert outside == {}
     for seen in inside:
         assert len(seen) == 12 and max(seen.values()) <= 1e-12, seen
@@ -91,9 +91,9 @@ def test_frozen_tied_unused_and_a_group_without_rank_0(group, stage):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_state_of_three_ranks_goes_on_at_another_number(group, ranks):
     """Two steps at three ranks, then two at others, against four at three. Weights are loaded last of all."""
-    model, state = group(3)(CASES, "save", 2)[0]
-    expected_model, expected_state = group(3)(CASES, "save", 4)[0]
-    for resumed_model, resumed_state in group(ranks)(CASES, "resume", (model, state), 2, 4):
+    model, state = group(3)(ON_RANKS.save, 2)[0]
+    expected_model, expected_state = group(3)(ON_RANKS.save, 4)[0]
+    for resumed_model, resumed_state in group(ranks)(ON_RANKS.resume, (model, state), 2, 4):
         for name, tensor in expected_model.items():
             assert (resumed_model[name] - tensor).abs().max() <= 1e-12, name  # fp64, sums in another order
             assert (model[name] - tensor).abs().max() > 1e-4  # two steps further
@@ -108,10 +108,10 @@ def test_state_of_three_ranks_goes_on_at_another_number(group, ranks):
     ("scalar", "a parameter of shape ()"),
 ])  # fmt: skip
 def test_what_cannot_be_cut_is_refused(group, name, found):
-    for message in group(2)(CASES, "refused_optimizer", name):
+    for message in group(2)(ON_RANKS.refused_optimizer, name):
         assert message.startswith(found) and "\n" not in message
 
 
 def test_forgetting_finish_is_an_error(group):
-    for message in group(2)(CASES, "forgotten_finish"):
+    for message in group(2)(ON_RANKS.forgotten_finish):
         assert "call finish() after every backward" in message

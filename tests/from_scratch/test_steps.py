@@ -6,9 +6,9 @@ They run here as they stand, under step_meter.py; the README's commands run them
 import re
 
 import pytest
-from launching import ROOT
+from launching import ROOT, OnRanks
 
-CASES = "tests/from_scratch/step_cases.py"
+ON_RANKS = OnRanks("tests/from_scratch/step_on_ranks.py")
 STEPS = sorted(path.name for path in (ROOT / "from_scratch").glob("step_[0-9]*.py"))
 # Data parallelism and ZeRO-1 at 4 ranks are left to buckets, ZeRO-2 and FSDP; test_data_parallel.py has the rest.
 AT_4_RANKS = [script for script in STEPS[1:] if script not in (*STEPS[1:4], STEPS[5])]
@@ -35,7 +35,7 @@ def outputs(group):
 
     def get(script: str, ranks: int) -> tuple[str, ...]:
         if (script, ranks) not in known:
-            known[script, ranks], outlived = zip(*group(ranks)(CASES, "metered", script), strict=True)
+            known[script, ranks], outlived = zip(*group(ranks)(ON_RANKS.metered, script), strict=True)
             # What still holds it (a hook, a circle that Python cannot see) ends it too late, now and then by an abort.
             assert not any(outlived), f"{script}: the process group is still there when the script has ended"
         return known[script, ranks]

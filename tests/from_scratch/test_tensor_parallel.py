@@ -3,13 +3,13 @@
 import sys
 
 import pytest
-from launching import ROOT
+from launching import ROOT, OnRanks
 
 sys.path.insert(0, str(ROOT / "from_scratch"))
 
 import tensor_parallel_3d as tp3d
 
-CASES = "tests/from_scratch/tp_cases.py"
+ON_RANKS = OnRanks("tests/from_scratch/tp_on_ranks.py")
 
 
 def check(answers):
@@ -26,29 +26,29 @@ def check(answers):
 @pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_training_is_that_of_one_process(group, ranks, sequence_parallel, tied):
     changes = {"tied": tied} | ({"width": 36} if ranks == 3 else {})
-    check(group(ranks)(CASES, "train", sequence_parallel, changes))
+    check(group(ranks)(ON_RANKS.train, sequence_parallel, changes))
 
 
 def test_gradients_accumulate(group):
     """What is summed over the ranks in backward must be summed once for each micro-batch, not over and over."""
-    check(group(2)(CASES, "train", True, {}, 4))
+    check(group(2)(ON_RANKS.train, True, {}, 4))
 
 
 def test_a_wrong_reduce_hides_behind_the_loss(group):
     """The mistake that real code makes: an all-reduce where *g*'s backward is the identity. Equal loss, n times the
     gradient; the comparison of gradients above sees it."""
-    for gap, ratio in group(2)(CASES, "wrong_reduce"):
+    for gap, ratio in group(2)(ON_RANKS.wrong_reduce):
         assert gap <= 1e-12
         assert ratio == pytest.approx(2, rel=1e-9)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_gather_undoes_scatter(group, ranks):
-    assert group(ranks)(CASES, "conjugates") == [[True] * 4] * ranks
+    assert group(ranks)(ON_RANKS.conjugates) == [[True] * 4] * ranks
 
 
 def test_logits_without_targets(group):
-    for logits, gradient in group(2)(CASES, "logits"):
+    for logits, gradient in group(2)(ON_RANKS.logits):
         assert logits <= 1e-12
         assert gradient <= 1e-12 * 10  # a sum over 24 576 squared logits: gradients of order 10
 
@@ -56,7 +56,7 @@ def test_logits_without_targets(group):
 def test_collectives(group):
     """Two blocks: two pairs each. Forward: one *g* a pair, one after the embedding, three numbers a token in the loss;
     backward: one *f* a pair and one before the head."""
-    for forward, backward, norm, keys in group(2)(CASES, "collectives", False):
+    for forward, backward, norm, keys in group(2)(ON_RANKS.collectives, False):
         assert forward == {"all_reduce": 2 * 2 + 1 + 3}
         assert backward == {"all_reduce": 2 * 2 + 1}
         assert norm == (4, 24, 32)  # (batch, sequence, width): whole
@@ -65,7 +65,7 @@ def test_collectives(group):
 
 def test_collectives_with_sequence_parallelism(group):
     """Every *f* and *g* becomes an all-gather and a reduce-scatter; each of the five norms sums its gradient."""
-    for forward, backward, norm, keys in group(2)(CASES, "collectives", True):
+    for forward, backward, norm, keys in group(2)(ON_RANKS.collectives, True):
         assert forward == {"all_gather": 2 * 2 + 1, "reduce_scatter": 2 * 2 + 1, "all_reduce": 3}
         assert backward == {"all_gather": 2 * 2 + 1, "reduce_scatter": 2 * 2 + 1, "all_reduce": 5}
         assert norm == (4, 12, 32)  # half the sequence
@@ -79,7 +79,7 @@ def test_collectives_with_sequence_parallelism(group):
     ({"experts": 4}, "model.experts is 4"),
 ])  # fmt: skip
 def test_what_cannot_be_cut_is_refused(group, changes, found):
-    for message in group(2)(CASES, "refused", changes):
+    for message in group(2)(ON_RANKS.refused, changes):
         assert message.startswith(found) and "\n" not in message
 
 
@@ -92,7 +92,7 @@ def test_a_pair_of_layers_on_a_grid(group, grid):
     x, y, z = grid
     first = tp3d.bytes_sent(16, 24, 48, x, y, z, 8)
     second = tp3d.bytes_sent(16, 48, 24, y, x, z, 8)
-    for seen, sent in group(4)(CASES, "pair_on_grid", *grid):
+    for seen, sent in group(4)(ON_RANKS.pair_on_grid, *grid):
         assert seen.keys() == {"output", "d input", "d first", "d second"}
         assert max(seen.values()) <= 1e-12, seen
         assert sum(sent.values()) == first + second

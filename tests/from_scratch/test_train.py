@@ -7,9 +7,9 @@ import time
 
 import pytest
 from equality import SMALL, assert_same_training, assert_trains_in_low_precision, read_rows
-from launching import ROOT, assert_refused, clean_environment, free_port, whose_rank_1_dies
+from launching import ROOT, SCRIPTS, assert_refused, clean_environment, free_port, whose_rank_1_dies
 
-CASES, SCRIPT = "tests/ddp/cases.py", "from_scratch/train.py"
+SCRIPT = "from_scratch/train.py"
 STEPS = 20
 # Divides by 2, 3 and 4: key-value heads, neurons, sequence (in 2n pieces), vocabulary, layers; and 48 samples.
 EVEN = ["--model.heads", "12", "--model.kv_heads", "12", "--model.width", "48", "--model.ffn_width", "48",
@@ -30,7 +30,7 @@ def reference(single_device):
 
 
 def train_and_compare(group, reference, folder, ranks, options, model=()):
-    group(ranks)(CASES, "train", SCRIPT, arguments(folder, "many", *options, *model))
+    group(ranks)(SCRIPTS.train, SCRIPT, arguments(folder, "many", *options, *model))
     assert_same_training(reference(*model), folder / "many")
 
 
@@ -88,22 +88,22 @@ def test_activation_checkpointing(group, reference, tmp_path):
 def test_resume_under_another_strategy(group, reference, tmp_path, first, then):
     """Ten steps one way, ten another, at another world size: 20 steps of one process. Tied, the harder case."""
     tied = ["--model.tied", "true"]
-    group(first[0])(CASES, "train_until", SCRIPT, arguments(tmp_path, "many", *first[1], *tied), 10)
+    group(first[0])(SCRIPTS.train_until, SCRIPT, arguments(tmp_path, "many", *first[1], *tied), 10)
     assert len(read_rows(tmp_path / "many")) == 10
-    group(then[0])(CASES, "train", SCRIPT, arguments(tmp_path, "many", *then[1], *tied))
+    group(then[0])(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *then[1], *tied))
     assert_same_training(reference(*tied), tmp_path / "many")
 
 
 def test_ddp_goes_on_from_shards_by_hand(group, reference, tmp_path):
-    group(2)(CASES, "train_until", SCRIPT, arguments(tmp_path, "many", "--strategy", "fsdp"), 10)
-    group(2)(CASES, "train", "ddp/train.py", arguments(tmp_path, "many"))
+    group(2)(SCRIPTS.train_until, SCRIPT, arguments(tmp_path, "many", "--strategy", "fsdp"), 10)
+    group(2)(SCRIPTS.train, "ddp/train.py", arguments(tmp_path, "many"))
     assert_same_training(reference(), tmp_path / "many")
 
 
 @pytest.mark.parametrize("strategy", ["bucket", "zero2", "fsdp", "tensor", "pipeline", "context"])
 def test_bf16_trains(group, single_device, tmp_path, strategy):
     options = ["--strategy", strategy, "--train.precision", "bf16"]
-    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "low", *options))
+    group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "low", *options))
     assert_trains_in_low_precision(single_device(*BASE, "--train.precision", "fp32"), tmp_path / "low")
 
 
@@ -124,7 +124,7 @@ def test_bf16_trains(group, single_device, tmp_path, strategy):
     (2, ["--strategy", "interleaved"], "strategy = interleaved"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
 def test_bad_input(group, tmp_path, ranks, options, words):
-    assert_refused(group(ranks)(CASES, "ends", SCRIPT, arguments(tmp_path, "bad", *options)), words)
+    assert_refused(group(ranks)(SCRIPTS.ends, SCRIPT, arguments(tmp_path, "bad", *options)), words)
 
 
 def test_three_dimensions(launch, reference, tmp_path):

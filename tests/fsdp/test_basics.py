@@ -3,8 +3,9 @@
 import re
 
 import pytest
+from launching import SCRIPTS
 
-SCRIPT, CASES = "fsdp/basics.py", "tests/ddp/cases.py"
+SCRIPT = "fsdp/basics.py"
 # Two layers of width 32: 3 and 4 ranks divide neither 50 nor, for 3, 32. Bytes do not depend on the sequence.
 SMALL = ["--model.width", "32", "--model.ffn_width", "50", "--model.layers", "3", "--data.sequence_length", "8"]
 EMBEDDING, NORM = 4 * 256 * 32, 4 * 32
@@ -21,7 +22,7 @@ def read_table(output: str) -> dict[str, list[int]]:
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_every_byte_is_as_predicted(group, ranks, options):
     """The script compares every number itself; padding at 3 and 4 ranks, a tied head, one block that is both ends."""
-    for code, text in group(ranks)(CASES, "ends", SCRIPT, [*SMALL, *options]):
+    for code, text in group(ranks)(SCRIPTS.ends, SCRIPT, [*SMALL, *options]):
         assert code == 0, code
         assert "error: " not in text
 
@@ -84,7 +85,7 @@ def test_the_script_fails_when_it_finds_something_else(group, tmp_path, mistake,
         f"{mistake}\n"
         "lesson.main(lesson.parse(lesson.BasicsConfig))\n"
     )
-    for message, _ in group(2)(CASES, "ends", str(broken), SMALL):  # a message instead of a code: exit code 1
+    for message, _ in group(2)(SCRIPTS.ends, str(broken), SMALL):  # a message instead of a code: exit code 1
         assert "error: not what the formula says" in message
         assert words in message
 
@@ -99,7 +100,7 @@ def test_the_script_fails_when_it_finds_something_else(group, tmp_path, mistake,
     ],
 )
 def test_mistakes_end_in_one_line(group, arguments, words):
-    for code, text in group(2)(CASES, "ends", SCRIPT, arguments):
+    for code, text in group(2)(SCRIPTS.ends, SCRIPT, arguments):
         assert code == 2
         assert words in text
         assert text.count("error: ") == 1, text

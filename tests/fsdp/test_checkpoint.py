@@ -10,11 +10,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 import transformers
 from equality import SMALL, read_checkpoint
+from launching import SCRIPTS
 from safetensors.torch import load_file
 
 from common.transformer import ModelConfig, Transformer
 
-SCRIPT, CASES = "fsdp/checkpoint.py", "tests/ddp/cases.py"
+SCRIPT = "fsdp/checkpoint.py"
 MODEL = ["--model.width", "32", "--model.ffn_width", "50", "--model.layers", "2"]  # 3 ranks divide neither
 CONFIG = ModelConfig(width=32, ffn_width=50, layers=2)
 
@@ -23,7 +24,7 @@ CONFIG = ModelConfig(width=32, ffn_width=50, layers=2)
 def saved(group, tmp_path_factory):
     """A run folder that three ranks have saved, and what rank 0 printed."""
     folder = tmp_path_factory.mktemp("saved") / "run"
-    output = group(3)(CASES, "printed", SCRIPT, ["save", "--output", str(folder), *MODEL])[0]
+    output = group(3)(SCRIPTS.printed, SCRIPT, ["save", "--output", str(folder), *MODEL])[0]
     return folder, output
 
 
@@ -80,7 +81,7 @@ def test_bytes_by_rank(saved):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_loads_at_any_number_of_ranks(group, saved, ranks):
     folder, _ = saved
-    output = group(ranks)(CASES, "printed", SCRIPT, ["load", str(folder)])[0]
+    output = group(ranks)(SCRIPTS.printed, SCRIPT, ["load", str(folder)])[0]
     assert f"saved by 3 ranks, loaded by {ranks}" in output
     assert f"weights {fingerprint(weights_of(folder))}\n" in output
     mine = [int(size.replace(",", "")) for size in re.search(r"by rank: ([\d, ]+)$", output, re.MULTILINE)[1].split()]
@@ -89,7 +90,7 @@ def test_loads_at_any_number_of_ranks(group, saved, ranks):
 
 
 def test_the_fingerprint_tells_weights_apart(group, saved, tmp_path):
-    output = group(2)(CASES, "printed", SCRIPT, ["save", "--output", str(tmp_path / "other"), *MODEL, "--seed", "5"])[0]
+    output = group(2)(SCRIPTS.printed, SCRIPT, ["save", "--output", str(tmp_path / "other"), *MODEL, "--seed", "5"])[0]
     assert fingerprint(weights_of(tmp_path / "other")) in output
     assert fingerprint(weights_of(saved[0])) not in output
 
@@ -119,7 +120,7 @@ def test_export_is_bit_equal_and_transformers_reads_it(launch, saved, tmp_path):
 def test_exports_what_the_training_saved(group, launch, tmp_path):
     """A run of fsdp/train.py, in fp64, with a tied head; under another name it leaves other files alone."""
     arguments = [*SMALL, "--train.steps", "2", "--train.precision", "fp64", "--model.tied", "true"]
-    group(2)(CASES, "train", "fsdp/train.py", [*arguments, "--runs_dir", str(tmp_path), "--run_name", "run"])
+    group(2)(SCRIPTS.train, "fsdp/train.py", [*arguments, "--runs_dir", str(tmp_path), "--run_name", "run"])
     (tmp_path / "model.safetensors").write_text("somebody else's")
     launch(SCRIPT, "export", tmp_path / "run", "--output", tmp_path / "mine.safetensors", nproc=0)
     exported, weights = load_file(tmp_path / "mine.safetensors"), weights_of(tmp_path / "run", 2)
@@ -164,7 +165,7 @@ def test_what_cannot_be_loaded_ends_in_one_line(group, saved, tmp_path, command,
     run = damaged(saved, tmp_path, how)
     ranks = 2 if command == "load" else 1
     more = [] if command == "load" else ["--output", str(tmp_path / "out" / "model.safetensors")]
-    for code, text in group(ranks)(CASES, "ends", SCRIPT, [command, str(run), *more]):
+    for code, text in group(ranks)(SCRIPTS.ends, SCRIPT, [command, str(run), *more]):
         assert code == 2
         assert words in text
         assert text.count("error: ") == 1, text
@@ -181,7 +182,7 @@ def test_what_cannot_be_loaded_ends_in_one_line(group, saved, tmp_path, command,
     ([], "arguments are required: command"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
 def test_mistakes_end_in_one_line(group, arguments, words):
-    [(code, text)] = group(1)(CASES, "ends", SCRIPT, arguments)
+    [(code, text)] = group(1)(SCRIPTS.ends, SCRIPT, arguments)
     assert code == 2
     assert words in text
     assert text.count("error: ") == 1, text
@@ -189,6 +190,6 @@ def test_mistakes_end_in_one_line(group, arguments, words):
 
 
 def test_a_folder_in_use_is_left_alone(group, saved):
-    for code, text in group(2)(CASES, "ends", SCRIPT, ["save", "--output", str(saved[0]), *MODEL]):
+    for code, text in group(2)(SCRIPTS.ends, SCRIPT, ["save", "--output", str(saved[0]), *MODEL]):
         assert code == 2
         assert "choose a new folder" in text

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from equality import largest_difference, read_checkpoint
+from launching import SCRIPTS, OnRanks
 from safetensors.torch import load_file
 
 from common.data_sharding import BatchConfig, BatchPlan
@@ -16,10 +17,11 @@ from common.optimizer import OptimizerConfig, build_optimizer, learning_rate, se
 from common.question_answering import f1, load_tokenizer, normalise, read_questions
 
 sys.path.append(str(Path(__file__).resolve().parent))
-from finetune_cases import double_norms
+from finetune_on_ranks import double_norms
 
 ROOT = Path(__file__).resolve().parents[2]
-CASES, DDP_CASES, SCRIPT = "tests/fsdp/finetune_cases.py", "tests/ddp/cases.py", "fsdp/finetune.py"
+SCRIPT = "fsdp/finetune.py"
+ON_RANKS = OnRanks("tests/fsdp/finetune_on_ranks.py")
 STEPS = 20
 LORA = ["--lora.rank", "3", "--lora.alpha", "6"]
 OPTIMIZER = OptimizerConfig(lr=0.02, warmup_steps=3)
@@ -105,7 +107,7 @@ def one(group, places, tmp_path_factory):
     def get(*options, model="llama"):
         if (options, model) not in made:
             folder = tmp_path_factory.mktemp("one")
-            group(1)(CASES, "train", arguments(places, folder, "one", *options, model=model))
+            group(1)(ON_RANKS.train, arguments(places, folder, "one", *options, model=model))
             made[options, model] = folder / "one"
         return made[options, model]
 
@@ -189,7 +191,7 @@ def test_fp64_is_the_proof(group, one, places, tmp_path, ranks, accumulation, lo
     """3 divides neither the width nor LoRA's rank evenly among ranks: some shards are padded, some empty."""
     options = LORA if lora else []
     micro = ["--batch.micro_size", str(48 // ranks // accumulation)]
-    group(ranks)(CASES, "train", arguments(places, tmp_path, "many", *options, *micro))
+    group(ranks)(ON_RANKS.train, arguments(places, tmp_path, "many", *options, *micro))
     assert_same(one(*options), tmp_path / "many")
 
 
@@ -201,7 +203,7 @@ def test_fp64_is_the_proof(group, one, places, tmp_path, ranks, accumulation, lo
 ], ids=" ".join)  # fmt: skip
 def test_every_option(group, one, places, tmp_path, options):
     ranks = 4 if "--fsdp.replicate" in options else 2
-    group(ranks)(CASES, "train", arguments(places, tmp_path, "many", *options))
+    group(ranks)(ON_RANKS.train, arguments(places, tmp_path, "many", *options))
     assert_same(one(*(LORA if LORA[0] in options else [])), tmp_path / "many")
 
 
@@ -213,14 +215,14 @@ def test_another_architecture(group, one, places, tmp_path, options):
     of which AdamW's division would make some 1e-12.
     """
     options = [*options, "--optimizer.name", "sgd"]
-    group(3)(CASES, "train", arguments(places, tmp_path, "many", *options, model="gpt2"))
+    group(3)(ON_RANKS.train, arguments(places, tmp_path, "many", *options, model="gpt2"))
     assert_same(one(*options, model="gpt2"), tmp_path / "many")
 
 
 def test_the_random_model_is_the_same_on_any_ranks(group, places, tmp_path):
     options = [*arguments(places, tmp_path, "NAME", "--train.steps", "2")[2:], "--export", "false", *LORA]
     for ranks in (1, 3):
-        group(ranks)(CASES, "train", [*options, "--run_name", f"on{ranks}"])
+        group(ranks)(ON_RANKS.train, [*options, "--run_name", f"on{ranks}"])
     assert abs(rows(tmp_path / "on1")[0]["loss"] - rows(tmp_path / "on3")[0]["loss"]) <= 1e-12
     assert largest_difference(weights(tmp_path / "on1", 2), weights(tmp_path / "on3", 2)) <= 1e-12
 
@@ -228,7 +230,7 @@ def test_the_random_model_is_the_same_on_any_ranks(group, places, tmp_path):
 def test_bf16_trains(group, one, places, tmp_path):
     """The policy computes in bf16: 3e-2 is some twenty roundings of 2^-9 of a loss of 5; weights stay in fp32."""
     options = ["--train.precision", "bf16", "--train.activation_checkpointing", "true"]
-    group(2)(CASES, "train", arguments(places, tmp_path, "low", *options))
+    group(2)(ON_RANKS.train, arguments(places, tmp_path, "low", *options))
     low, exact = rows(tmp_path / "low"), rows(one())
     assert 0 < abs(low[0]["loss"] - exact[0]["loss"]) < 3e-2
     assert low[-2]["loss"] < low[0]["loss"] - 1
@@ -246,7 +248,7 @@ def test_frozen_weights_stay_and_are_not_saved(one):
 def test_what_is_printed(group, places, tmp_path, lora):
     """Parameters and bytes, against counts from the files."""
     options = ["--train.precision", "fp32", "--train.steps", "1", *(LORA if lora else [])]
-    printed = group(2)(CASES, "printed", arguments(places, tmp_path, "run", *options))[0]
+    printed = group(2)(ON_RANKS.printed, arguments(places, tmp_path, "run", *options))[0]
     base = load_file(places / "llama" / "model.safetensors")
     added = {n: t for n, t in weights(tmp_path / "run", 1).items() if "lora" in n}
     trained = added if lora else base
@@ -269,7 +271,7 @@ def test_what_is_printed(group, places, tmp_path, lora):
 def test_configs(group, places, tmp_path, path):
     """Each trains, with a small model, shorter sequences, and one step."""
     given = ["--config", str(path), *arguments(places, tmp_path, "run", "--train.steps", "1")]
-    printed = group(2)(CASES, "printed", given)[0]
+    printed = group(2)(ON_RANKS.printed, given)[0]
     assert "finished after 1 of 1 steps" in printed
     assert ("(100.00%)" in printed) == ("full" in path.stem)
 
@@ -289,7 +291,7 @@ def test_all_tokens_of_all_ranks_are_counted(group, places, ranks):
     path, size = str(places / "train.json"), 48 // ranks
     by_hand = [sum(expected_count(places, slice(r * size, (r + 1) * size))) for r in range(ranks)]
     assert len(set(by_hand)) == ranks  # the ranks' counts differ: else a mean of means would pass every test
-    results = group(ranks)(CASES, "counted", path)
+    results = group(ranks)(ON_RANKS.counted, path)
     assert [mine for mine, _ in results] == by_hand
     assert {everyone for _, everyone in results} == {sum(by_hand)}
 
@@ -316,7 +318,7 @@ def test_every_question_is_answered_once(group, places, tmp_path):
     found, scores = {}, {}
     for ranks, micro in ((1, 3), (2, 2), (3, 2)):
         options = ["--batch.micro_size", str(micro), "--export", "false", "--train.steps", "12"]
-        results = group(ranks)(CASES, "asked_and_answered", arguments(places, tmp_path, f"on{ranks}", *options))
+        results = group(ranks)(ON_RANKS.asked_and_answered, arguments(places, tmp_path, f"on{ranks}", *options))
         ids, answers, _ = results[0]
         assert ids == [str(number) for number in range(53, 60)]
         assert all(result[:2] == (ids, answers) for result in results)
@@ -344,9 +346,9 @@ def test_every_question_is_answered_once(group, places, tmp_path):
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_resume_on_other_ranks(group, one, places, tmp_path, lora):
     options = LORA if lora else []
-    group(2)(CASES, "train_until", arguments(places, tmp_path, "many", *options), 10)
+    group(2)(ON_RANKS.train_until, arguments(places, tmp_path, "many", *options), 10)
     assert len(rows(tmp_path / "many")) == 10
-    group(3)(CASES, "train", arguments(places, tmp_path, "many", *options))
+    group(3)(ON_RANKS.train, arguments(places, tmp_path, "many", *options))
     assert_same(one(*options), tmp_path / "many")
 
 
@@ -359,7 +361,7 @@ def test_resume_on_other_ranks(group, one, places, tmp_path, lora):
 ], ids=["another base", "another alpha", "another rank", "full", "another model"])  # fmt: skip
 def test_a_checkpoint_of_something_else(group, one, places, tmp_path, model, options, words):
     given = arguments(places, tmp_path, "new", *options, "--resume", str(one(*LORA)), model=model)
-    for code, text in group(2)(DDP_CASES, "ends", SCRIPT, given):
+    for code, text in group(2)(SCRIPTS.ends, SCRIPT, given):
         assert code == 2
         assert re.search(words, text), text
         assert text.count("error: ") == 1, text
@@ -405,7 +407,7 @@ def test_peft_reads_the_export(one, reference, places):
 def test_the_export_is_a_model_path(group, one, places, tmp_path):
     folder = one() / "exported"
     options = ["--train.steps", "1", "--optimizer.lr", "1e-30", "--export", "false"]
-    group(2)(CASES, "train", [*arguments(places, tmp_path, "again", *options), "--model_path", str(folder)])
+    group(2)(ON_RANKS.train, [*arguments(places, tmp_path, "again", *options), "--model_path", str(folder)])
     # The export is in fp64; it is read as fp32 before the model is made fp64: 1e-5 is a hundred roundings of 2^-24.
     assert abs(rows(tmp_path / "again")[-1]["val_loss"] - rows(one())[-1]["val_loss"]) < 1e-5
 
@@ -413,9 +415,9 @@ def test_the_export_is_a_model_path(group, one, places, tmp_path):
 def test_a_finished_training_is_exported_later(group, places, tmp_path):
     """As after an export that failed for want of room, or a job killed in it: started again, there are no steps."""
     places_and_steps = arguments(places, tmp_path, "run", "--train.steps", "1")
-    group(2)(CASES, "train", [*places_and_steps, "--export", "false"])
+    group(2)(ON_RANKS.train, [*places_and_steps, "--export", "false"])
     assert not (tmp_path / "run" / "exported").exists()
-    group(2)(CASES, "train", places_and_steps)
+    group(2)(ON_RANKS.train, places_and_steps)
     assert len(rows(tmp_path / "run")) == 2  # the step, and the evaluation after it
     assert (tmp_path / "run" / "exported" / "model.safetensors").is_file()
 
@@ -451,7 +453,7 @@ def broken(places, tmp_path, what):
 ])  # fmt: skip
 def test_bad_model(group, places, tmp_path, what, words):
     given = [*arguments(places, tmp_path, "bad"), "--model_path", str(broken(places, tmp_path, what))]
-    assert_one_line(group(2)(DDP_CASES, "ends", SCRIPT, given), words)
+    assert_one_line(group(2)(SCRIPTS.ends, SCRIPT, given), words)
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -467,13 +469,13 @@ def test_bad_model(group, places, tmp_path, what, words):
     (["--batch.global_size", "54"], "53 samples, fewer than batch.global_size = 54"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
 def test_bad_settings(group, places, tmp_path, options, words):
-    assert_one_line(group(2)(DDP_CASES, "ends", SCRIPT, arguments(places, tmp_path, "bad", *options)), words)
+    assert_one_line(group(2)(SCRIPTS.ends, SCRIPT, arguments(places, tmp_path, "bad", *options)), words)
 
 
 @pytest.mark.parametrize("package", ["peft", "transformers"])
 def test_a_missing_package(group, places, tmp_path, package):
     given = arguments(places, tmp_path, "bad", *LORA)
-    assert_one_line(group(2)(CASES, "ends_without", package, given), f"needs the package {package}")
+    assert_one_line(group(2)(ON_RANKS.ends_without, package, given), f"needs the package {package}")
 
 
 def assert_one_line(results, words):

@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 from equality import SMALL, largest_difference, read_checkpoint, read_rows
-from launching import ROOT, clean_environment, kill_tree, run_command
+from launching import ROOT, SCRIPTS, clean_environment, kill_tree, run_command
 
 SCRIPT, STEPS = "fsdp/train.py", 12
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -23,7 +23,7 @@ def arguments(folder, name):
 @pytest.fixture(scope="module")
 def undisturbed(group, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    group(2)("tests/ddp/cases.py", "train", SCRIPT, arguments(folder, "run"))
+    group(2)(SCRIPTS.train, SCRIPT, arguments(folder, "run"))
     return folder / "run"
 
 

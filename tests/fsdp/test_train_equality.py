@@ -14,9 +14,9 @@ from equality import (
     read_checkpoint,
     read_rows,
 )
-from launching import assert_refused
+from launching import SCRIPTS, assert_refused
 
-CASES, SCRIPT = "tests/ddp/cases.py", "fsdp/train.py"
+SCRIPT = "fsdp/train.py"
 STEPS = 20
 BASE = [*SMALL, "--train.steps", str(STEPS), "--batch.global_size", "48"]
 FP64 = ["--train.precision", "fp64"]
@@ -32,7 +32,7 @@ def test_fp64_is_the_proof(group, single_device, tmp_path, ranks, accumulation):
     """3 does not divide the width: the last shard is padded. Tied where gradients accumulate, the harder case."""
     model = ["--model.tied", "true"] if accumulation > 1 else []
     micro = ["--batch.micro_size", str(48 // ranks // accumulation)]
-    group(ranks)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *model, *micro))
+    group(ranks)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *FP64, *model, *micro))
     assert_same_training(single_device(*BASE, *FP64, *model), tmp_path / "many")
 
 
@@ -49,7 +49,7 @@ def test_fp64_is_the_proof(group, single_device, tmp_path, ranks, accumulation):
 def test_every_option(group, single_device, tmp_path, options):
     model = options if options[0].startswith("--model") else []
     options = [*options, "--batch.micro_size", "6"]
-    group(4)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options))
+    group(4)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *FP64, *options))
     assert_same_training(single_device(*BASE, *FP64, *model), tmp_path / "many")
 
 
@@ -60,7 +60,7 @@ def test_every_option(group, single_device, tmp_path, options):
 def test_fp32(group, single_device, tmp_path, name, lr, parameters):
     options = ["--optimizer.name", name, "--optimizer.lr", lr]
     one = single_device(*BASE, *options)
-    group(3)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *options))
+    group(3)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *options))
     assert_same_rows(one, tmp_path / "many", 1e-5)
     a, b = read_checkpoint(one, STEPS), read_checkpoint(tmp_path / "many", STEPS)
     assert largest_difference(a, b, "model.") <= parameters
@@ -69,14 +69,14 @@ def test_fp32(group, single_device, tmp_path, name, lr, parameters):
 def test_first_gradients_in_fp32(group, single_device, tmp_path):
     options = ["--train.steps", "1", "--optimizer.clip", "1000"]
     one = single_device(*BASE, *options)
-    group(4)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *options))
+    group(4)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *options))
     assert_same_first_gradients(one, tmp_path / "many", 2 + 2 * 9 + 1)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_trains(group, single_device, tmp_path, precision):
     """The policy casts whole blocks where autocast casts operations: losses are close, not equal."""
-    printed = group(2)(CASES, "printed", SCRIPT, arguments(tmp_path, "low", "--train.precision", precision))[0]
+    printed = group(2)(SCRIPTS.printed, SCRIPT, arguments(tmp_path, "low", "--train.precision", precision))[0]
     low = {"bf16": "bfloat16", "fp16": "float16"}[precision]
     assert f"units in float32, gathered and computed with in {low}, gradients summed in float32" in printed
     assert_trains_in_low_precision(single_device(*BASE), tmp_path / "low")
@@ -106,7 +106,7 @@ def test_units_and_bytes_per_rank(launch, tmp_path, ranks, replicate, tied):
     (["--fsdp.shard", "2"], "unknown key fsdp.shard"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
 def test_bad_input(group, tmp_path, options, words):
-    assert_refused(group(2)(CASES, "ends", SCRIPT, arguments(tmp_path, "bad", *options)), words)
+    assert_refused(group(2)(SCRIPTS.ends, SCRIPT, arguments(tmp_path, "bad", *options)), words)
 
 
 @pytest.mark.parametrize(("first", "then"), [
@@ -119,7 +119,7 @@ def test_bad_input(group, tmp_path, options, words):
 def test_resume_elsewhere(group, single_device, tmp_path, first, then):
     """Ten steps on some ranks, ten more on others, or under another strategy: the twenty of one process."""
     (script, ranks), (next_script, next_ranks) = first, then
-    group(ranks)(CASES, "train_until", script, arguments(tmp_path, "many", *FP64), 10)
+    group(ranks)(SCRIPTS.train_until, script, arguments(tmp_path, "many", *FP64), 10)
     assert len(read_rows(tmp_path / "many")) == 10
-    group(next_ranks)(CASES, "train", next_script, arguments(tmp_path, "many", *FP64))
+    group(next_ranks)(SCRIPTS.train, next_script, arguments(tmp_path, "many", *FP64))
     assert_same_training(single_device(*BASE, *FP64), tmp_path / "many")

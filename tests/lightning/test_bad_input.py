@@ -10,12 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 from equality import SMALL
-from launching import ROOT, clean_environment, run_command, whose_rank_1_dies
+from launching import ROOT, OnRanks, clean_environment, run_command, whose_rank_1_dies
 from own_folder import own_folder
 
 from common import config
 
-CASES, SCRIPT = "tests/lightning/cases.py", "lightning/train.py"
+SCRIPT = "lightning/train.py"
+ON_RANKS = OnRanks("tests/lightning/lightning_on_ranks.py")
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
@@ -39,7 +40,7 @@ CASES, SCRIPT = "tests/lightning/cases.py", "lightning/train.py"
     (["--device", "cuda"], ["no GPU"]),
 ], ids=lambda value: " ".join(value) if value[0].startswith("--") else "")  # fmt: skip
 def test_one_line_on_every_rank(group, tmp_path, arguments, words):
-    answers = group(2)(CASES, "ends", [*SMALL, "--runs_dir", str(tmp_path), *arguments], timeout=60)
+    answers = group(2)(ON_RANKS.ends, [*SMALL, "--runs_dir", str(tmp_path), *arguments], timeout=60)
     for code, text in answers:
         lines = [line for line in text.splitlines() if "error: " in line]
         assert code == 2
@@ -170,10 +171,10 @@ def test_what_does_not_go_with_deepspeed(settings, capsys, arguments, words):
     assert words in capsys.readouterr().err
 
 
-SCRIPTS = [SCRIPT, "lightning/fabric_loop.py", "lightning/train_vision.py"]
+ALL_SCRIPTS = [SCRIPT, "lightning/fabric_loop.py", "lightning/train_vision.py"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ALL_SCRIPTS)
 @pytest.mark.parametrize(("arguments", "seed"), [
     ([], 1), (["--config", "other.json"], 2), (["--seed", "3"], 3), (["--config=other.json", "--seed=3"], 3),
 ])  # fmt: skip
@@ -196,7 +197,7 @@ def test_which_settings_win(monkeypatch, tmp_path, script, arguments, seed):
     assert [settings.seed for settings in found] == [seed]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ALL_SCRIPTS)
 def test_without_the_package_one_line_says_what_to_install(tmp_path, script):
     """The folder lightning/ would be imported in its place, as an empty package."""
     (tmp_path / "sitecustomize.py").write_text(

@@ -14,8 +14,10 @@ from equality import (
     read_rows,
     read_validation,
 )
+from launching import OnRanks
 
-SCRIPT, CASES = "lightning/fabric_loop.py", "tests/lightning/cases.py"
+SCRIPT = "lightning/fabric_loop.py"
+ON_RANKS = OnRanks("tests/lightning/lightning_on_ranks.py")
 STEPS = 10
 BASE = [*SMALL, "--train.steps", str(STEPS)]
 FP64 = ["--train.precision", "fp64", "--batch.global_size", "48"]
@@ -26,7 +28,7 @@ def arguments(folder, name, *more):
 
 
 def train(group, world_size, folder, name, *more, script=SCRIPT):
-    group(world_size)(CASES, "train", arguments(folder, name, *more), script)
+    group(world_size)(ON_RANKS.train, arguments(folder, name, *more), script)
     return folder / name
 
 
@@ -101,7 +103,7 @@ def test_resume_is_exact_and_between_scripts(group, tmp_path):
 
 
 def test_told_to_stop(group, tmp_path):
-    group(2)(CASES, "train_until", arguments(tmp_path, "run"), 4, SCRIPT)
+    group(2)(ON_RANKS.train_until, arguments(tmp_path, "run"), 4, SCRIPT)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (record["status"], record["steps_done"]) == ("stopped", 4)
     assert (tmp_path / "run" / "checkpoints" / "step_4" / "manifest.json").is_file()
@@ -145,7 +147,7 @@ def test_srun(cluster, single_device):
     (["--network_profile", "token-ring"], ["token-ring"]),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_on_every_rank(group, tmp_path, more, words):
-    for code, text in group(2)(CASES, "ends", [*SMALL, "--runs_dir", str(tmp_path), *more], SCRIPT):
+    for code, text in group(2)(ON_RANKS.ends, [*SMALL, "--runs_dir", str(tmp_path), *more], SCRIPT):
         lines = [line for line in text.splitlines() if "error: " in line]
         assert code == 2 and len(lines) == 1 and "Traceback" not in text, text
         assert all(word in lines[0] for word in words), lines

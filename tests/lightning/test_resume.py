@@ -10,9 +10,9 @@ import time
 import psutil
 import pytest
 from equality import SMALL, assert_same_training, largest_difference, read_checkpoint, read_rows, read_validation
-from launching import ROOT, clean_environment, kill_tree
+from launching import ROOT, SCRIPTS, OnRanks, clean_environment, kill_tree
 
-CASES, DDP = "tests/lightning/cases.py", "tests/ddp/cases.py"
+ON_RANKS = OnRanks("tests/lightning/lightning_on_ranks.py")
 BASE = [*SMALL, "--train.steps", "12", "--train.eval_every", "4", "--batch.micro_size", "3"]
 FP64 = ["--train.precision", "fp64"]
 slow = pytest.mark.slow
@@ -34,11 +34,11 @@ def arguments(folder, strategy, *more):
 def test_same_world_size_is_bitwise(group, tmp_path, precision):
     """Cut back to the checkpoint of step 6, two epochs of micro-batches into a run that evaluates after 4, 8 and 12."""
     options = ["--train.precision", precision, "--checkpoint.every", "6"]
-    group(2)(CASES, "train", arguments(tmp_path, "ddp", *options))
+    group(2)(ON_RANKS.train, arguments(tmp_path, "ddp", *options))
     whole = tmp_path / "whole"
     shutil.copytree(tmp_path / "run", whole)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_12")
-    steps = group(2)(CASES, "counted", arguments(tmp_path, "ddp", *options))
+    steps = group(2)(ON_RANKS.counted, arguments(tmp_path, "ddp", *options))
     assert [before for before, _, _ in steps[0]] == list(range(6, 12))  # Lightning's own count goes on, too
     assert largest_difference(read_checkpoint(whole, 12), read_checkpoint(tmp_path / "run", 12)) == 0
     rows, before = read_rows(tmp_path / "run"), read_rows(whole)
@@ -67,15 +67,16 @@ def test_resume_elsewhere(group, single_device, tmp_path, first, then):
         more = [*more, "--batch.micro_size", str(24 // ranks)] if ranks in (3, 4) else more
         of_lesson = strategy == LESSON
         call = [LESSON, more] if of_lesson else [more]
-        function = "train_until" if until else "train"
-        group(ranks)(DDP if of_lesson else CASES, function, *call, *([until] if until else []))
+        functions = SCRIPTS if of_lesson else ON_RANKS
+        function = functions.train_until if until else functions.train
+        group(ranks)(function, *call, *([until] if until else []))
         assert len(read_rows(tmp_path / "run")) == (until or 12)
     assert_same_training(single_device(*BASE, *FP64), tmp_path / "run")
 
 
 @slow
 def test_nothing_to_do_is_said(group, launch, tmp_path):
-    group(2)(CASES, "train", arguments(tmp_path, "ddp"))
+    group(2)(ON_RANKS.train, arguments(tmp_path, "ddp"))
     result = launch("lightning/train.py", *arguments(tmp_path, "single_device"), nproc=0)
     assert "nothing to do: 12 of 12 steps were done already" in result.stdout
     assert len(read_rows(tmp_path / "run")) == 12
@@ -111,8 +112,8 @@ def test_killed_in_mid_run(group, tmp_path):
     steps = committed + 4
     # The learning rate depends on train.steps, which therefore stays; both runs are told to stop at the same step.
     long = ["--train.steps", "4000", "--train.eval_every", "0"]
-    group(2)(CASES, "train_until", arguments(tmp_path, "ddp", *FP64, *long), steps)
-    group(2)(CASES, "train_until", arguments(tmp_path / "whole", "ddp", *FP64, *long), steps)
+    group(2)(ON_RANKS.train_until, arguments(tmp_path, "ddp", *FP64, *long), steps)
+    group(2)(ON_RANKS.train_until, arguments(tmp_path / "whole", "ddp", *FP64, *long), steps)
     a, b = read_checkpoint(tmp_path / "whole" / "run", steps), read_checkpoint(tmp_path / "run", steps)
     assert largest_difference(a, b) == 0  # two ranks, same machine: bitwise
     assert [row["step"] for row in read_rows(tmp_path / "run")] == list(range(steps))

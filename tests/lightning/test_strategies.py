@@ -5,9 +5,10 @@ import json
 import pytest
 import yaml
 from equality import SMALL, assert_same_rows, read_rows
-from launching import ROOT
+from launching import ROOT, OnRanks
 
-CASES, SCRIPT = "tests/lightning/cases.py", "lightning/train.py"
+SCRIPT = "lightning/train.py"
+ON_RANKS = OnRanks("tests/lightning/lightning_on_ranks.py")
 CONFIGS = ROOT / "lightning" / "configs"
 QUICK = [*SMALL, "--train.steps", "3"]
 slow, slurm = pytest.mark.slow, pytest.mark.slurm
@@ -78,7 +79,7 @@ def test_what_a_rank_holds(group, tmp_path, strategy, ranks, dimensions, part, p
     """Its part of a matrix, and of the optimizer's averages; one FSDP unit a block, and the root."""
     options = ["--strategy", strategy, "--runs_dir", str(tmp_path)]
     options += ["--tp_dimensions", dimensions] if dimensions else []
-    for held in group(ranks)(CASES, "held", [*QUICK, *options]):
+    for held in group(ranks)(ON_RANKS.held, [*QUICK, *options]):
         assert held["query"] == held["averages"] == 32 * 32 * part
         assert held["units"] == (0 if strategy == "ddp" else 1 + 2)
         # Norms are cut by FSDP alone: every tensor rank has them whole.
@@ -93,7 +94,7 @@ def test_what_a_rank_holds(group, tmp_path, strategy, ranks, dimensions, part, p
 def test_gradients_travel_once_a_step(group, tmp_path, strategy, hold_back, a_step):
     """With four micro-batches a step: held back by Lightning for DDP, by the module for FSDP, or by nobody."""
     options = ["--strategy", strategy, "--runs_dir", str(tmp_path), "--batch.micro_size", "3"]
-    for counts in group(2)(CASES, "communication", [*QUICK, *options], hold_back):
+    for counts in group(2)(ON_RANKS.communication, [*QUICK, *options], hold_back):
         assert counts["gradients"] == 3 * a_step, counts
         # What Lightning adds: before each micro-batch all ranks ask rank 0 whether it was told to end.
         assert counts["broadcasts"] == 3 * 4, counts

@@ -11,8 +11,9 @@ from equality import (
     read_checkpoint,
     read_rows,
 )
+from launching import OnRanks
 
-CASES = "tests/lightning/cases.py"
+ON_RANKS = OnRanks("tests/lightning/lightning_on_ranks.py")
 BASE = [*SMALL, "--train.steps", "10", "--train.eval_every", "4", "--batch.global_size", "24"]
 FP64 = ["--train.precision", "fp64"]
 slow = pytest.mark.slow
@@ -34,35 +35,35 @@ def test_fp64_is_the_proof(group, single_device, tmp_path, strategy, ranks, accu
     model = ["--model.tied", "true"] if accumulation > 1 else []
     data_parallel = 1 if strategy == "tensor_parallel" else ranks
     micro = ["--batch.micro_size", str(24 // data_parallel // accumulation)] if accumulation > 1 else []
-    group(ranks)(CASES, "train", arguments(tmp_path, strategy, *FP64, *model, *micro))
+    group(ranks)(ON_RANKS.train, arguments(tmp_path, strategy, *FP64, *model, *micro))
     assert_same_training(single_device(*BASE, *FP64, *model), tmp_path / "many")
 
 
 def test_rows_and_depth(group, single_device, tmp_path):
     """Two tensor ranks by two that FSDP cuts batch and weights among, with accumulation."""
     micro = ["--batch.micro_size", "6", "--tp_dimensions", "[2, 1, 2]"]
-    group(4)(CASES, "train", arguments(tmp_path, "tensor_parallel", *FP64, *micro))
+    group(4)(ON_RANKS.train, arguments(tmp_path, "tensor_parallel", *FP64, *micro))
     assert_same_training(single_device(*BASE, *FP64), tmp_path / "many")
 
 
 @slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "tensor_parallel"])
 def test_activation_checkpointing(group, single_device, tmp_path, strategy):
-    group(2)(CASES, "train", arguments(tmp_path, strategy, *FP64, "--train.activation_checkpointing", "true"))
+    group(2)(ON_RANKS.train, arguments(tmp_path, strategy, *FP64, "--train.activation_checkpointing", "true"))
     assert_same_training(single_device(*BASE, *FP64), tmp_path / "many")
 
 
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=slow), "fsdp", "tensor_parallel"])
 def test_first_gradients_in_fp32(group, single_device, tmp_path, strategy):
     options = ["--train.steps", "1", "--optimizer.clip", "1000"]
-    group(2)(CASES, "train", arguments(tmp_path, strategy, *options))
+    group(2)(ON_RANKS.train, arguments(tmp_path, strategy, *options))
     assert_same_first_gradients(single_device(*BASE, *options), tmp_path / "many", 2 + 2 * 9 + 1)
 
 
 @slow
 def test_fp32(group, single_device, tmp_path):
     """AdamW's division by small roots amplifies the last bits of fp32 in the parameters, not in the losses."""
-    group(2)(CASES, "train", arguments(tmp_path, "ddp"))
+    group(2)(ON_RANKS.train, arguments(tmp_path, "ddp"))
     assert_same_rows(single_device(*BASE), tmp_path / "many", 1e-5)
     a, b = read_checkpoint(single_device(*BASE), 10), read_checkpoint(tmp_path / "many", 10)
     assert largest_difference(a, b, "model.") <= 1e-4
@@ -74,7 +75,7 @@ def test_fp32(group, single_device, tmp_path):
 ])  # fmt: skip
 def test_low_precision_trains(group, single_device, tmp_path, strategy, ranks, precision):
     options = ["--train.steps", "20"]  # the loss must have fallen by 0.5
-    group(ranks)(CASES, "train", arguments(tmp_path, strategy, "--train.precision", precision, *options))
+    group(ranks)(ON_RANKS.train, arguments(tmp_path, strategy, "--train.precision", precision, *options))
     assert_trains_in_low_precision(single_device(*BASE, *options), tmp_path / "many")
     # The norm before clipping, of unscaled gradients: bf16's 8 bits leave it within a few per cent.
     expected, norm = (read_rows(run)[0]["grad_norm"] for run in (single_device(*BASE, *options), tmp_path / "many"))
@@ -88,7 +89,7 @@ def test_steps_and_effective_batch(group, tmp_path, strategy, ranks, accumulatio
     """As many optimizer steps as were asked for, each over 24 samples: on one rank each, or on all tensor ranks."""
     parts = 1 if strategy == "tensor_parallel" else ranks
     options = ["--batch.micro_size", str(24 // parts // accumulation), "--train.eval_every", "0"]
-    by_rank = group(ranks)(CASES, "counted", arguments(tmp_path, strategy, "--train.steps", "3", *options))
+    by_rank = group(ranks)(ON_RANKS.counted, arguments(tmp_path, strategy, "--train.steps", "3", *options))
     for steps in by_rank:
         assert [before for before, _, _ in steps] == [0, 1, 2]  # Lightning's count
         assert [tokens for _, _, tokens in steps] == [24 // parts * 16] * 3
@@ -110,8 +111,8 @@ def test_steps_and_effective_batch(group, tmp_path, strategy, ranks, accumulatio
 def test_a_factor_left_out_shows_in_the_norm_alone(group, tmp_path, factor, too_small):
     """On two ranks with four micro-batches: the two rows of the README's table."""
     options = ["--train.steps", "1", "--batch.micro_size", "3"]
-    for folder, function, more in (("right", "train", []), ("wrong", "train_changed", [factor, ""])):
-        group(2)(CASES, function, arguments(tmp_path / folder, "ddp", *options), *more)
+    for folder, function, more in (("right", ON_RANKS.train, []), ("wrong", ON_RANKS.train_changed, [factor, ""])):
+        group(2)(function, arguments(tmp_path / folder, "ddp", *options), *more)
     (right,), (wrong,) = (read_rows(tmp_path / folder / "many") for folder in ("right", "wrong"))
     assert wrong["loss"] == right["loss"]
     assert wrong["grad_norm"] * too_small == pytest.approx(right["grad_norm"], rel=1e-6)
@@ -120,4 +121,4 @@ def test_a_factor_left_out_shows_in_the_norm_alone(group, tmp_path, factor, too_
 @pytest.mark.parametrize(("samples", "mean"), [(24, 1), (25, 25 / 24)])
 def test_lightnings_own_mean_drops_what_the_ranks_do_not_divide(group, samples, mean):
     """A loss that is 1 everywhere. The number of samples is averaged over the ranks as an integer: 25 / 2 is 12."""
-    assert group(2)(CASES, "logged_mean", samples) == [pytest.approx(mean, rel=1e-6)] * 2
+    assert group(2)(ON_RANKS.logged_mean, samples) == [pytest.approx(mean, rel=1e-6)] * 2

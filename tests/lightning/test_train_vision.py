@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from equality import largest_difference, read_checkpoint, read_rows
+from launching import OnRanks
 from PIL import Image
 
-CASES, VISION_CASES = "tests/lightning/cases.py", "tests/lightning/vision_cases.py"
+ON_RANKS = OnRanks("tests/lightning/lightning_on_ranks.py")
+VISION = OnRanks("tests/lightning/vision_on_ranks.py")
 SCRIPT, LOOP = "lightning/train_vision.py", "ddp/train_vision.py"
 SMALL = ["--model.name", "small_cnn", "--optimizer.warmup_steps", "3"]
 FP64 = ["--train.precision", "fp64", "--train.label_smoothing", "0.1", "--optimizer.clip", "1.0"]
@@ -16,7 +18,7 @@ FP64 = ["--train.precision", "fp64", "--train.label_smoothing", "0.1", "--optimi
 def train(group, world_size, folder, name, *more, script=SCRIPT):
     """Train small_cnn on `world_size` ranks; returns the run folder."""
     arguments = [*SMALL, "--runs_dir", str(folder), "--run_name", name, *more]
-    group(world_size)(CASES, "train", arguments, script)
+    group(world_size)(ON_RANKS.train, arguments, script)
     return folder / name
 
 
@@ -73,7 +75,7 @@ def test_fp64_is_the_proof(group, tmp_path, world_size, global_size, micro_size)
 def test_steps_images_and_messages(group, tmp_path):
     """Three steps of 48 images in micro-batches of 6: 3 updates, 3 sends of all gradients, 72 images on each rank."""
     options = [*SMALL, "--train.steps", "3", "--batch.micro_size", "6", "--runs_dir", str(tmp_path)]
-    for counts in group(2)(VISION_CASES, "counted", options):
+    for counts in group(2)(VISION.counted, options):
         assert counts == {"steps": 3, "sent": 3, "images": 72}
 
 
@@ -92,7 +94,7 @@ def test_told_to_stop_and_nothing_to_do(group, tmp_path):
     """At a SIGTERM all ranks save after the same step, without evaluating; started again it goes on, or has nothing
     to do."""
     arguments = [*SMALL, "--train.steps", "6", "--runs_dir", str(tmp_path), "--run_name", "run"]
-    assert group(2)(VISION_CASES, "terminated", arguments, 2) == [True, True]
+    assert group(2)(VISION.terminated, arguments, 2) == [True, True]
     run = tmp_path / "run"
     record = json.loads((run / "run.json").read_text())
     assert (record["status"], record["steps_done"]) == ("stopped", 4)
@@ -156,7 +158,7 @@ def test_resnet50_under_lightnings_own_launcher(launch, tmp_path):
     (["--model.nrom", "group"], ["model.nrom", "did you mean model.norm"]),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_on_every_rank(group, tmp_path, more, words):
-    for code, text in group(2)(CASES, "ends", [*SMALL, "--runs_dir", str(tmp_path), *more], SCRIPT):
+    for code, text in group(2)(ON_RANKS.ends, [*SMALL, "--runs_dir", str(tmp_path), *more], SCRIPT):
         lines = [line for line in text.splitlines() if "error: " in line]
         assert code == 2 and len(lines) == 1 and "Traceback" not in text, text
         assert all(word in lines[0] for word in words), lines
@@ -165,7 +167,7 @@ def test_a_mistake_is_one_line_on_every_rank(group, tmp_path, more, words):
 def test_a_mistake_found_while_training_is_one_line_too(group, tmp_path):
     """A loss that is not a number is seen inside the Trainer, which passes the end on."""
     options = [*SMALL, "--runs_dir", str(tmp_path), "--optimizer.lr", "1e30", "--train.steps", "20"]
-    for code, text in group(2)(CASES, "ends", options, SCRIPT):
+    for code, text in group(2)(ON_RANKS.ends, options, SCRIPT):
         lines = [line for line in text.splitlines() if "error: " in line]
         assert code == 2 and len(lines) == 1 and "Traceback" not in text, text
         assert "the loss is" in lines[0] and "optimizer.lr" in lines[0]

@@ -13,9 +13,9 @@ from equality import (
     read_checkpoint,
     read_rows,
 )
-from launching import assert_refused
+from launching import SCRIPTS, OnRanks, assert_refused
 
-CASES, MORE_CASES = "tests/ddp/cases.py", "tests/model_parallel/context_expert_cases.py"
+ON_RANKS = OnRanks("tests/model_parallel/context_expert_on_ranks.py")
 SCRIPT = "model_parallel/context_parallel.py"
 STEPS = 20
 # The sequence divides into 2, 4, 6 and 8 pieces. There are fewer key-value heads than heads, as by default.
@@ -34,7 +34,7 @@ def test_fp64_is_the_proof(group, single_device, tmp_path, ranks, accumulation):
     """Tied where gradients accumulate, the harder case. A wrong position would show in the first loss."""
     model = TIED if accumulation > 1 else []
     options = ["--batch.micro_size", str(24 // accumulation)]
-    group(ranks)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *model, *options))
+    group(ranks)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *FP64, *model, *options))
     assert_same_training(single_device(*BASE, *FP64, *model), tmp_path / "many")
 
 
@@ -45,13 +45,13 @@ def test_fp64_is_the_proof(group, single_device, tmp_path, ranks, accumulation):
     pytest.param(4, ["--mesh.dp", "2", "--mesh.cp", "2", "--attention", "all_gather"], marks=pytest.mark.slow),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
 def test_on_a_mesh(group, single_device, tmp_path, ranks, options):
-    group(ranks)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options))
+    group(ranks)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *FP64, *options))
     assert_same_training(single_device(*BASE, *FP64), tmp_path / "many")
 
 
 def test_evaluation_during_training(group, single_device, tmp_path):
     options = ["--train.steps", "6", "--train.eval_every", "3"]
-    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options))
+    group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *FP64, *options))
     assert_same_training(single_device(*BASE, *FP64, *options), tmp_path / "many")
 
 
@@ -63,7 +63,7 @@ def test_evaluation_during_training(group, single_device, tmp_path):
 def test_torchs_ring(group, single_device, tmp_path, ranks, options):
     """What runs on GPUs, with the kernel of the CPU in the ring; see the case."""
     folder = arguments(tmp_path, "many", *FP64, *options)
-    sends = group(ranks)(MORE_CASES, "train_in_a_ring", SCRIPT, folder)
+    sends = group(ranks)(ON_RANKS.train_in_a_ring, SCRIPT, folder)
     assert_same_training(single_device(*BASE, *FP64), tmp_path / "many")
     assert min(sends) == max(sends) > 0
 
@@ -77,8 +77,8 @@ def test_every_position_is_somewhere(group, ranks):
         for rank in range(ranks)
     ]
     assert sorted(place for part in expected for place in part) == list(range(24))
-    assert group(ranks)(MORE_CASES, "positions", "all_gather") == expected
-    assert group(ranks)(MORE_CASES, "positions", "ring") == expected
+    assert group(ranks)(ON_RANKS.positions, "all_gather") == expected
+    assert group(ranks)(ON_RANKS.positions, "ring") == expected
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -89,7 +89,7 @@ def test_messages_and_work(group, ranks, layers):
     forward, backward = ("all_gather_into_tensor", mine), ("reduce_scatter_tensor", ranks * mine)
     piece = 24 // (2 * ranks)  # early and late piece of a rank see r + 1 and 2n - r of 2n: together 2n + 1
     pairs = layers * (2 * ranks + 1) * piece * piece
-    results = group(ranks)(MORE_CASES, "context_work", layers)
+    results = group(ranks)(ON_RANKS.context_work, layers)
     assert results == [([forward] * layers + [backward] * layers, pairs)] * ranks
     # The last of plain parts would see the whole sequence: nearly twice the work, for which all others would wait.
     assert pairs / (layers * (24 // ranks) * 24) == (2 * ranks + 1) / (4 * ranks)
@@ -102,7 +102,7 @@ def test_messages_and_work(group, ranks, layers):
 def test_fp32(group, single_device, tmp_path, name, lr, parameters):
     options = ["--optimizer.name", name, "--optimizer.lr", lr]
     one = single_device(*BASE, *options)
-    group(3)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *options))
+    group(3)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *options))
     assert_same_rows(one, tmp_path / "many", 1e-5)
     a, b = read_checkpoint(one, STEPS), read_checkpoint(tmp_path / "many", STEPS)
     assert largest_difference(a, b, "model.") <= parameters
@@ -111,12 +111,12 @@ def test_fp32(group, single_device, tmp_path, name, lr, parameters):
 def test_first_gradients_in_fp32(group, single_device, tmp_path):
     options = ["--train.steps", "1", "--optimizer.clip", "1000"]
     one = single_device(*BASE, *options)
-    group(3)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *options))
+    group(3)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *options))
     assert_same_first_gradients(one, tmp_path / "many", 2 + 2 * 9 + 1)
 
 
 def test_bf16_trains(group, single_device, tmp_path):
-    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "low", "--train.precision", "bf16"))
+    group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "low", "--train.precision", "bf16"))
     assert_trains_in_low_precision(single_device(*BASE), tmp_path / "low")
 
 
@@ -144,7 +144,7 @@ def test_bytes_per_rank(launch, tmp_path, ranks, options):
     (2, ["--mesh.tp", "2"], "unknown key mesh.tp"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
 def test_bad_input(group, tmp_path, ranks, options, words):
-    assert_refused(group(ranks)(CASES, "ends", SCRIPT, arguments(tmp_path, "bad", *options)), words)
+    assert_refused(group(ranks)(SCRIPTS.ends, SCRIPT, arguments(tmp_path, "bad", *options)), words)
 
 
 @pytest.mark.parametrize(("first", "then"), [
@@ -156,7 +156,7 @@ def test_bad_input(group, tmp_path, ranks, options, words):
 def test_resume_elsewhere(group, single_device, tmp_path, first, then):
     """Ten steps on some ranks, ten more on others, or under another strategy: the twenty of one process."""
     (script, ranks, *more), (next_script, next_ranks, *next_more) = first, then
-    group(ranks)(CASES, "train_until", script, arguments(tmp_path, "many", *FP64, *more), 10)
+    group(ranks)(SCRIPTS.train_until, script, arguments(tmp_path, "many", *FP64, *more), 10)
     assert len(read_rows(tmp_path / "many")) == 10
-    group(next_ranks)(CASES, "train", next_script, arguments(tmp_path, "many", *FP64, *next_more))
+    group(next_ranks)(SCRIPTS.train, next_script, arguments(tmp_path, "many", *FP64, *next_more))
     assert_same_training(single_device(*BASE, *FP64), tmp_path / "many")

@@ -14,14 +14,14 @@ from equality import (
     read_checkpoint,
     read_rows,
 )
-from launching import assert_refused
+from launching import SCRIPTS, OnRanks, assert_refused
 
 from common.config import Config, parse
 from common.data import text_datasets
 from common.data_sharding import BatchPlan, Loader
 from common.transformer import Transformer, load_balancing_loss
 
-CASES, MORE_CASES = "tests/ddp/cases.py", "tests/model_parallel/context_expert_cases.py"
+ON_RANKS = OnRanks("tests/model_parallel/context_expert_on_ranks.py")
 SCRIPT = "model_parallel/expert_parallel.py"
 STEPS = 20
 BASE = [*SMALL, "--model.preset", "tiny_moe", "--train.steps", str(STEPS), "--batch.global_size", "24"]
@@ -43,7 +43,7 @@ def arguments(folder, name, *more):
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
 def test_fp64_is_the_proof(group, single_device, tmp_path, ranks, model, accumulation):
     options = ["--batch.micro_size", str(24 // ranks // accumulation)]
-    group(ranks)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *model, *options))
+    group(ranks)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *FP64, *model, *options))
     assert_same_training(single_device(*BASE, *FP64, *model), tmp_path / "many")
 
 
@@ -56,13 +56,13 @@ def test_fp64_is_the_proof(group, single_device, tmp_path, ranks, model, accumul
 def test_on_a_mesh(group, single_device, tmp_path, ranks, options):
     pairs = zip(options[::2], options[1::2], strict=True)
     model = [word for pair in pairs if pair[0].startswith("--model") for word in pair]
-    group(ranks)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options))
+    group(ranks)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *FP64, *options))
     assert_same_training(single_device(*BASE, *FP64, *model), tmp_path / "many")
 
 
 def test_evaluation_during_training(group, single_device, tmp_path):
     options = ["--train.steps", "6", "--train.eval_every", "3"]
-    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options))
+    group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *FP64, *options))
     assert_same_training(single_device(*BASE, *FP64, *options), tmp_path / "many")
 
 
@@ -75,9 +75,9 @@ def test_evaluation_during_training(group, single_device, tmp_path):
 def test_everything_to_a_few_ranks(group, tmp_path, ranks, options):
     """The routers choose the first half of the experts for all tokens: nothing is lost, and who has none keeps up."""
     model = SIX if ranks == 3 else []
-    group(1)(MORE_CASES, "train_lopsided", "ddp/single_device.py", arguments(tmp_path, "one", *FP64, *model))
+    group(1)(ON_RANKS.train_lopsided, "ddp/single_device.py", arguments(tmp_path, "one", *FP64, *model))
     many = arguments(tmp_path, "many", *FP64, *options)
-    arrivals = group(ranks)(MORE_CASES, "train_lopsided", SCRIPT, many)
+    arrivals = group(ranks)(ON_RANKS.train_lopsided, SCRIPT, many)
     assert_same_training(tmp_path / "one", tmp_path / "many")
     assert arrivals[-1] == {0}
     if ranks == 2:
@@ -141,7 +141,7 @@ def test_balance_balances(group, tmp_path):
     spread = []
     for balance in ("0", "0.1"):
         folder = arguments(tmp_path, f"with {balance}".replace(" ", "_"), "--balance", balance)
-        loads = group(2)(MORE_CASES, "train_and_count", SCRIPT, folder)
+        loads = group(2)(ON_RANKS.train_and_count, SCRIPT, folder)
         total = torch.tensor(loads).sum(0).double()  # (layers, experts), of all ranks
         spread.append((total.amax(-1) / total.mean(-1)).max().item())
     assert spread[1] < spread[0] and spread[1] < 1.5, spread
@@ -151,7 +151,7 @@ def test_balance_balances(group, tmp_path):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_messages(group, ranks, layers):
     """Each rank has 72 tokens, of which two experts each take one: rows of width 48 in fp32."""
-    results = group(ranks)(MORE_CASES, "expert_work", layers)
+    results = group(ranks)(ON_RANKS.expert_work, layers)
     for rank, (messages, load) in enumerate(results):
         expected = []
         by_rank = torch.tensor([load for _, load in results]).view(ranks, layers, ranks, -1).sum(-1)  # from, layer, to
@@ -174,7 +174,7 @@ def test_fp32(group, single_device, tmp_path, name, lr, parameters):
     """Few steps: a token between two experts may choose the other one for a last bit, and then losses part."""
     options = ["--optimizer.name", name, "--optimizer.lr", lr, "--train.steps", "6"]
     one = single_device(*BASE, *options)
-    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *options))
+    group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *options))
     assert_same_rows(one, tmp_path / "many", 1e-5)
     a, b = read_checkpoint(one, 6), read_checkpoint(tmp_path / "many", 6)
     assert largest_difference(a, b, "model.") <= parameters
@@ -187,13 +187,13 @@ def test_fp32(group, single_device, tmp_path, name, lr, parameters):
 def test_first_gradients_in_fp32(group, single_device, tmp_path, ranks, options):
     steps = ["--train.steps", "1", "--optimizer.clip", "1000"]
     one = single_device(*BASE, *steps)
-    group(ranks)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *steps, *options))
+    group(ranks)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *steps, *options))
     assert_same_first_gradients(one, tmp_path / "many", 2 + 2 * 10 + 1)
 
 
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_low_precision_trains(group, single_device, tmp_path, precision):
-    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "low", "--train.precision", precision))
+    group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "low", "--train.precision", precision))
     assert_trains_in_low_precision(single_device(*BASE), tmp_path / "low")
 
 
@@ -219,7 +219,7 @@ def test_bytes_per_rank(launch, tmp_path, ranks, options):
     (2, ["--mesh.tp", "2"], "unknown key mesh.tp"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
 def test_bad_input(group, tmp_path, ranks, options, words):
-    assert_refused(group(ranks)(CASES, "ends", SCRIPT, arguments(tmp_path, "bad", *options)), words)
+    assert_refused(group(ranks)(SCRIPTS.ends, SCRIPT, arguments(tmp_path, "bad", *options)), words)
 
 
 @pytest.mark.parametrize(("first", "then"), [
@@ -231,7 +231,7 @@ def test_bad_input(group, tmp_path, ranks, options, words):
 def test_resume_elsewhere(group, single_device, tmp_path, first, then):
     """Ten steps on some ranks, ten more on others, or under another strategy: the twenty of one process."""
     (script, ranks, *more), (next_script, next_ranks, *next_more) = first, then
-    group(ranks)(CASES, "train_until", script, arguments(tmp_path, "many", *FP64, *SIX, *more), 10)
+    group(ranks)(SCRIPTS.train_until, script, arguments(tmp_path, "many", *FP64, *SIX, *more), 10)
     assert len(read_rows(tmp_path / "many")) == 10
-    group(next_ranks)(CASES, "train", next_script, arguments(tmp_path, "many", *FP64, *SIX, *next_more))
+    group(next_ranks)(SCRIPTS.train, next_script, arguments(tmp_path, "many", *FP64, *SIX, *next_more))
     assert_same_training(single_device(*BASE, *FP64, *SIX), tmp_path / "many")

@@ -11,9 +11,8 @@ from equality import (
     read_checkpoint,
     read_rows,
 )
-from launching import assert_refused
+from launching import SCRIPTS, assert_refused
 
-CASES = "tests/ddp/cases.py"
 SCRIPT = "model_parallel/hybrid_parallel.py"
 STEPS = 20
 # Heads, neurons, vocabulary and sequence divide by 2 and 3; four layers make four stages.
@@ -49,18 +48,18 @@ def mesh(pp, dp, tp):
 ], ids=lambda value: " ".join(value).replace("--", "") if isinstance(value, list) else None)  # fmt: skip
 def test_fp64_is_the_proof(group, single_device, tmp_path, ranks, options):
     """Tied, the harder case: two stages hold the weight, each of their ranks a shard of a slice of it."""
-    group(ranks)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *TIED, *options))
+    group(ranks)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *FP64, *TIED, *options))
     assert_same_training(single_device(*BASE, *FP64, *TIED), tmp_path / "many")
 
 
 def test_untied(group, single_device, tmp_path):
-    group(4)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *mesh(2, 2, 1)))
+    group(4)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *FP64, *mesh(2, 2, 1)))
     assert_same_training(single_device(*BASE, *FP64), tmp_path / "many")
 
 
 def test_evaluation_during_training(group, single_device, tmp_path):
     options = ["--train.steps", "6", "--train.eval_every", "3"]
-    group(4)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options, *mesh(2, 2, 1)))
+    group(4)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *FP64, *options, *mesh(2, 2, 1)))
     assert_same_training(single_device(*BASE, *FP64, *options), tmp_path / "many")
 
 
@@ -68,13 +67,13 @@ def test_first_gradients_in_fp32(group, single_device, tmp_path):
     """Untied, with slices."""
     options = ["--train.steps", "1", "--optimizer.clip", "1000"]
     one = single_device(*BASE, *options)
-    group(4)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *options, *mesh(2, 1, 2)))
+    group(4)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *options, *mesh(2, 1, 2)))
     assert_same_first_gradients(one, tmp_path / "many", 2 + 4 * 9 + 1)
 
 
 def test_bf16_trains(group, single_device, tmp_path):
     """The policy casts whole blocks where autocast casts operations: losses are close, not equal."""
-    group(4)(CASES, "train", SCRIPT, arguments(tmp_path, "low", "--train.precision", "bf16"))
+    group(4)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "low", "--train.precision", "bf16"))
     assert_trains_in_low_precision(single_device(*BASE), tmp_path / "low")
 
 
@@ -103,7 +102,7 @@ def test_bytes_on_each_rank(launch, tmp_path):
     (4, ["--model.experts", "4"], "set it to 0"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
 def test_bad_input(group, tmp_path, ranks, options, words):
-    assert_refused(group(ranks)(CASES, "ends", SCRIPT, arguments(tmp_path, "bad", *options)), words)
+    assert_refused(group(ranks)(SCRIPTS.ends, SCRIPT, arguments(tmp_path, "bad", *options)), words)
 
 
 @pytest.mark.parametrize(("first", "then"), [
@@ -116,7 +115,7 @@ def test_bad_input(group, tmp_path, ranks, options, words):
 def test_resume_elsewhere(group, single_device, tmp_path, first, then):
     """Ten steps one way, ten another, on other ranks: the twenty of one process."""
     (script, ranks, *more), (next_script, next_ranks, *next_more) = first, then
-    group(ranks)(CASES, "train_until", script, arguments(tmp_path, "many", *FP64, *TIED, *more), 10)
+    group(ranks)(SCRIPTS.train_until, script, arguments(tmp_path, "many", *FP64, *TIED, *more), 10)
     assert len(read_rows(tmp_path / "many")) == 10
-    group(next_ranks)(CASES, "train", next_script, arguments(tmp_path, "many", *FP64, *TIED, *next_more))
+    group(next_ranks)(SCRIPTS.train, next_script, arguments(tmp_path, "many", *FP64, *TIED, *next_more))
     assert_same_training(single_device(*BASE, *FP64, *TIED), tmp_path / "many")

@@ -13,9 +13,9 @@ from equality import (
     read_checkpoint,
     read_rows,
 )
-from launching import assert_refused
+from launching import SCRIPTS, OnRanks, assert_refused
 
-CASES, MORE_CASES = "tests/ddp/cases.py", "tests/model_parallel/model_parallel_cases.py"
+ON_RANKS = OnRanks("tests/model_parallel/model_parallel_on_ranks.py")
 SCRIPT = "model_parallel/pipeline_parallel.py"
 STEPS = 20
 BASE = [*SMALL, "--model.layers", "8", "--train.steps", str(STEPS), "--batch.global_size", "48"]
@@ -36,7 +36,7 @@ def micro_batches(number):
 def test_fp64_is_the_proof(group, single_device, tmp_path, ranks, schedule):
     """8 layers on 3 ranks are unequal stages. Tied, the harder case; the last stage's copy must stay what it is."""
     options = ["--schedule", schedule, *micro_batches(4 if ranks != 3 else 6), *TIED]
-    group(ranks)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options))
+    group(ranks)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *FP64, *options))
     assert_same_training(single_device(*BASE, *FP64, *TIED), tmp_path / "many")
 
 
@@ -52,13 +52,13 @@ def test_fp64_is_the_proof(group, single_device, tmp_path, ranks, schedule):
 ], ids=lambda options: " ".join(options))  # fmt: skip
 def test_every_option(group, single_device, tmp_path, options):
     model = ["--model.experts", "4"] if "--model.experts" in options else []
-    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options))
+    group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *FP64, *options))
     assert_same_training(single_device(*BASE, *FP64, *model), tmp_path / "many")
 
 
 def test_evaluation_during_training(group, single_device, tmp_path):
     options = ["--train.steps", "6", "--train.eval_every", "3"]
-    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options, *micro_batches(4)))
+    group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *FP64, *options, *micro_batches(4)))
     assert_same_training(single_device(*BASE, *FP64, *options), tmp_path / "many")
 
 
@@ -66,7 +66,7 @@ def test_evaluation_during_training(group, single_device, tmp_path):
 def test_loss_in_chunks(group, single_device, tmp_path, schedule):
     """48 samples of 48 tokens in two micro-batches are more than one chunk of 1024 each."""
     options = ["--train.steps", "4", "--data.sequence_length", "48"]
-    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options, "--schedule", schedule,
+    group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *FP64, *options, "--schedule", schedule,
                                                *micro_batches(2)))  # fmt: skip
     assert_same_training(single_device(*BASE, *FP64, *options), tmp_path / "many")
 
@@ -78,7 +78,7 @@ def test_loss_in_chunks(group, single_device, tmp_path, schedule):
 def test_fp32(group, single_device, tmp_path, name, lr, parameters):
     options = ["--optimizer.name", name, "--optimizer.lr", lr]
     one = single_device(*BASE, *options)
-    group(3)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *options, *micro_batches(6)))
+    group(3)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *options, *micro_batches(6)))
     assert_same_rows(one, tmp_path / "many", 1e-5)
     a, b = read_checkpoint(one, STEPS), read_checkpoint(tmp_path / "many", STEPS)
     assert largest_difference(a, b, "model.") <= parameters
@@ -87,19 +87,19 @@ def test_fp32(group, single_device, tmp_path, name, lr, parameters):
 def test_first_gradients_in_fp32(group, single_device, tmp_path):
     options = ["--train.steps", "1", "--optimizer.clip", "1000", *TIED]
     one = single_device(*BASE, *options)
-    group(4)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *options, *micro_batches(8)))
+    group(4)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *options, *micro_batches(8)))
     assert_same_first_gradients(one, tmp_path / "many", 1 + 8 * 9 + 1)
 
 
 def test_bf16_trains(group, single_device, tmp_path):
     options = [*micro_batches(4), "--train.precision", "bf16"]
-    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "low", *options))
+    group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "low", *options))
     assert_trains_in_low_precision(single_device(*BASE), tmp_path / "low")
 
 
 def recorded(group, folder, ranks, schedule, number, stages_per_rank):
     options = ["--train.steps", "1", "--schedule", schedule, "--stages_per_rank", str(stages_per_rank)]
-    return group(ranks)(MORE_CASES, "recorded", arguments(folder, "order", *options, *micro_batches(number)))
+    return group(ranks)(ON_RANKS.recorded, arguments(folder, "order", *options, *micro_batches(number)))
 
 
 def most_in_flight(actions):
@@ -172,7 +172,7 @@ def test_zero_bubble_delays_the_gradients_of_weights(group, tmp_path, ranks, chu
     (1, [], "1 rank for a pipeline"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
 def test_bad_input(group, tmp_path, ranks, options, words):
-    assert_refused(group(ranks)(CASES, "ends", SCRIPT, arguments(tmp_path, "bad", *options)), words)
+    assert_refused(group(ranks)(SCRIPTS.ends, SCRIPT, arguments(tmp_path, "bad", *options)), words)
 
 
 @pytest.mark.parametrize(("first", "then"), [
@@ -188,9 +188,9 @@ def test_resume_elsewhere(group, single_device, tmp_path, first, then):
         cut = micro_batches(6 if ranks == 3 else 4) if script == SCRIPT else []
         return arguments(tmp_path, "many", *FP64, *TIED, *cut, *more)
 
-    group(first[1])(CASES, "train_until", first[0], options(*first), 10)
+    group(first[1])(SCRIPTS.train_until, first[0], options(*first), 10)
     assert len(read_rows(tmp_path / "many")) == 10
-    group(then[1])(CASES, "train", then[0], options(*then))
+    group(then[1])(SCRIPTS.train, then[0], options(*then))
     assert_same_training(single_device(*BASE, *FP64, *TIED), tmp_path / "many")
 
 
@@ -198,9 +198,9 @@ def test_resume_without_momentum(group, single_device, tmp_path):
     """Plain SGD keeps nothing of a parameter that a checkpoint could hold."""
     options = [*FP64, *TIED, "--optimizer.name", "sgd", "--optimizer.betas", "[0.0, 0.0]", "--optimizer.lr", "0.01"]
     many = arguments(tmp_path, "many", *options, *micro_batches(4))
-    group(2)(CASES, "train_until", SCRIPT, many, 10)
+    group(2)(SCRIPTS.train_until, SCRIPT, many, 10)
     assert len(read_rows(tmp_path / "many")) == 10
-    group(2)(CASES, "train", SCRIPT, many)
+    group(2)(SCRIPTS.train, SCRIPT, many)
     one = single_device(*BASE, *options)
     assert_same_rows(one, tmp_path / "many", 1e-12)
     a, b = read_checkpoint(one, STEPS), read_checkpoint(tmp_path / "many", STEPS)
@@ -208,8 +208,8 @@ def test_resume_without_momentum(group, single_device, tmp_path):
 
 
 def test_a_checkpoint_of_another_model(group, tmp_path):
-    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "many", "--train.steps", "1", *micro_batches(4)))
+    group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", "--train.steps", "1", *micro_batches(4)))
     checkpoint = str(tmp_path / "many" / "checkpoints" / "step_1")
     other = arguments(tmp_path, "other", "--model.layers", "4", "--resume", checkpoint, *micro_batches(4))
-    for code, message in group(2)(CASES, "ends", SCRIPT, other):
+    for code, message in group(2)(SCRIPTS.ends, SCRIPT, other):
         assert code == 2 and "is of another model: blocks.4." in message, message

@@ -3,9 +3,9 @@
 import re
 
 import pytest
-from launching import ROOT
+from launching import ROOT, SCRIPTS
 
-CASES, SCRIPT = "tests/ddp/cases.py", "model_parallel/schedule_timeline.py"
+SCRIPT = "model_parallel/schedule_timeline.py"
 COMMANDS = re.findall(rf"torchrun --nproc-per-node=(\d) {SCRIPT} (.+)", (ROOT / SCRIPT).read_text())
 
 
@@ -28,7 +28,7 @@ def test_there_are_commands():
 @pytest.mark.parametrize("output", ["no/such/folder/timeline.png", "timeline.txt", "timeline"])
 def test_bad_output(group, output):
     options = ["--batch.micro_size", "3", "--output", output]
-    for code, message in group(2)(CASES, "ends", SCRIPT, options):
+    for code, message in group(2)(SCRIPTS.ends, SCRIPT, options):
         assert code == 2
         assert len([line for line in message.splitlines() if "error: output = " in line]) == 1, message
         assert "Traceback" not in message

@@ -13,9 +13,9 @@ from equality import (
     read_checkpoint,
     read_rows,
 )
-from launching import assert_refused
+from launching import SCRIPTS, OnRanks, assert_refused
 
-CASES, MORE_CASES = "tests/ddp/cases.py", "tests/model_parallel/model_parallel_cases.py"
+ON_RANKS = OnRanks("tests/model_parallel/model_parallel_on_ranks.py")
 SCRIPT = "model_parallel/tensor_parallel.py"
 STEPS = 20
 # Heads, neurons, vocabulary and sequence divide by 2, 3 and 4.
@@ -36,7 +36,7 @@ def test_fp64_is_the_proof(group, single_device, tmp_path, ranks, accumulation, 
     """Tied where gradients accumulate, the harder case."""
     model = ["--model.tied", "true"] if accumulation > 1 else []
     options = ["--batch.micro_size", str(48 // accumulation), "--sequence_parallel", sequence_parallel]
-    group(ranks)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *model, *options))
+    group(ranks)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *FP64, *model, *options))
     assert_same_training(single_device(*BASE, *FP64, *model), tmp_path / "many")
 
 
@@ -54,13 +54,13 @@ def test_on_a_mesh(group, single_device, tmp_path, options):
     model = [word for key, value in zip(options[::2], options[1::2], strict=True) if key.startswith("--model")
              for word in (key, value)]  # fmt: skip
     options = [*options, "--batch.micro_size", "12"]
-    group(4)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options))
+    group(4)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *FP64, *options))
     assert_same_training(single_device(*BASE, *FP64, *model), tmp_path / "many")
 
 
 def test_evaluation_during_training(group, single_device, tmp_path):
     options = ["--train.steps", "6", "--train.eval_every", "3"]
-    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options))
+    group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *FP64, *options))
     assert_same_training(single_device(*BASE, *FP64, *options), tmp_path / "many")
 
 
@@ -68,7 +68,7 @@ def test_evaluation_during_training(group, single_device, tmp_path):
 def test_loss_in_chunks(group, single_device, tmp_path, tied):
     """48 samples of 24 tokens are more than one chunk of 1024: logits are computed again in backward."""
     options = ["--train.steps", "4", "--model.tied", tied]
-    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *FP64, *options, "--batch.micro_size", "48"))
+    group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *FP64, *options, "--batch.micro_size", "48"))
     assert_same_training(single_device(*BASE, *FP64, *options), tmp_path / "many")
 
 
@@ -79,7 +79,7 @@ def test_loss_in_chunks(group, single_device, tmp_path, tied):
 def test_fp32(group, single_device, tmp_path, name, lr, parameters):
     options = ["--optimizer.name", name, "--optimizer.lr", lr]
     one = single_device(*BASE, *options)
-    group(3)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *options))
+    group(3)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *options))
     assert_same_rows(one, tmp_path / "many", 1e-5)
     a, b = read_checkpoint(one, STEPS), read_checkpoint(tmp_path / "many", STEPS)
     assert largest_difference(a, b, "model.") <= parameters
@@ -90,14 +90,14 @@ def test_first_gradients_in_fp32(group, single_device, tmp_path, sequence_parall
     options = ["--train.steps", "1", "--optimizer.clip", "1000"]
     one = single_device(*BASE, *options)
     more = ["--mesh.dp", "2", "--sequence_parallel", sequence_parallel]
-    group(4)(CASES, "train", SCRIPT, arguments(tmp_path, "many", *options, *more))
+    group(4)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *options, *more))
     assert_same_first_gradients(one, tmp_path / "many", 2 + 2 * 9 + 1)
 
 
 def test_norms_that_drift_apart_are_noticed(group, tmp_path):
     """The losses part in the fourth digit only; that tensor ranks share the norms is what their mesh says."""
     arguments_ = arguments(tmp_path, "wrong", "--train.steps", "2")
-    for code, message in group(2)(MORE_CASES, "ends_with_replicated_norms", arguments_):
+    for code, message in group(2)(ON_RANKS.ends_with_replicated_norms, arguments_):
         assert code == 2
         assert "after step 1 the ranks hold different weights: first in blocks.0.attention_norm.weight" in message
 
@@ -105,7 +105,7 @@ def test_norms_that_drift_apart_are_noticed(group, tmp_path):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_trains(group, single_device, tmp_path, precision):
     """The policy casts whole blocks where autocast casts operations: losses are close, not equal."""
-    group(2)(CASES, "train", SCRIPT, arguments(tmp_path, "low", "--train.precision", precision))
+    group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "low", "--train.precision", precision))
     assert_trains_in_low_precision(single_device(*BASE), tmp_path / "low")
 
 
@@ -118,8 +118,8 @@ def test_collectives_are_those_of_the_plan(group, ranks, layers, tied):
     # With sequence parallelism each of these, the loss's apart, is a reduce-scatter in one direction and an all-gather
     # in the other; norms see a part of the sequence, and their gradients wait as partial sums until they are used.
     cut = {"all_gather_into_tensor": 2 + 4 * layers, "reduce_scatter_tensor": 2 + 4 * layers, "all_reduce": 3}
-    assert group(ranks)(MORE_CASES, "collectives", False, tied, layers) == [plain] * ranks
-    assert group(ranks)(MORE_CASES, "collectives", True, tied, layers) == [cut] * ranks
+    assert group(ranks)(ON_RANKS.collectives, False, tied, layers) == [plain] * ranks
+    assert group(ranks)(ON_RANKS.collectives, True, tied, layers) == [cut] * ranks
 
 
 @pytest.mark.parametrize(("ranks", "dp"), [(2, 1), (4, 2), pytest.param(3, 1, marks=pytest.mark.slow)])
@@ -146,7 +146,7 @@ def test_bytes_per_rank(launch, tmp_path, ranks, dp):
     (2, ["--mesh.pp", "2"], "unknown key mesh.pp"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
 def test_bad_input(group, tmp_path, ranks, options, words):
-    assert_refused(group(ranks)(CASES, "ends", SCRIPT, arguments(tmp_path, "bad", *options)), words)
+    assert_refused(group(ranks)(SCRIPTS.ends, SCRIPT, arguments(tmp_path, "bad", *options)), words)
 
 
 @pytest.mark.parametrize(("first", "then"), [
@@ -159,7 +159,7 @@ def test_bad_input(group, tmp_path, ranks, options, words):
 def test_resume_elsewhere(group, single_device, tmp_path, first, then):
     """Ten steps on some ranks, ten more on others, or under another strategy: the twenty of one process."""
     (script, ranks, *more), (next_script, next_ranks, *next_more) = first, then
-    group(ranks)(CASES, "train_until", script, arguments(tmp_path, "many", *FP64, *more), 10)
+    group(ranks)(SCRIPTS.train_until, script, arguments(tmp_path, "many", *FP64, *more), 10)
     assert len(read_rows(tmp_path / "many")) == 10
-    group(next_ranks)(CASES, "train", next_script, arguments(tmp_path, "many", *FP64, *next_more))
+    group(next_ranks)(SCRIPTS.train, next_script, arguments(tmp_path, "many", *FP64, *next_more))
     assert_same_training(single_device(*BASE, *FP64), tmp_path / "many")

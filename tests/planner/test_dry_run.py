@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from launching import ROOT
+from launching import ROOT, OnRanks
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import _functional_collectives as functional
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -17,7 +17,7 @@ from planner import dry_run
 from planner.fake_ranks import DryRun, no_group_left
 from planner.meter import Meter
 
-CASES = "tests/planner/measured_cases.py"
+ON_RANKS = OnRanks("tests/planner/measured_on_ranks.py")
 FSDP, TENSOR = "fsdp/train.py", "model_parallel/tensor_parallel.py"
 PIPELINE, HYBRID = "model_parallel/pipeline_parallel.py", "model_parallel/hybrid_parallel.py"
 CONTEXT = "model_parallel/context_parallel.py"
@@ -80,7 +80,7 @@ def row(report, kind, axis):
 def test_fake_ranks_hold_and_send_what_real_ones_do(group, tmp_path, script, ranks, options):
     """Byte for byte, on every rank, of a script that runs unchanged in both."""
     repeats = "--batch.micro_size" in options or "--train.activation_checkpointing" in options
-    real = group(ranks)(CASES, "measured", script, [*BATCH, *options, "--runs_dir", str(tmp_path)], not repeats)
+    real = group(ranks)(ON_RANKS.measured, script, [*BATCH, *options, "--runs_dir", str(tmp_path)], not repeats)
     for rank in range(ranks):
         report = dry(script, ranks, *BATCH, *options, rank=rank)
         for quantity in ("parameters", "gradients", "optimizer state"):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from launching import ROOT, clean_environment, free_port, kill_tree, run_command
+from launching import ROOT, OnRanks, clean_environment, free_port, kill_tree, run_command
 
 DOCTOR = str(ROOT / "prerequisites" / "doctor.py")
 EVERY_CHECK = {
@@ -268,6 +268,6 @@ def test_a_wrong_interface_stops_a_rank_before_it_joins():
 
 @pytest.mark.parametrize("lie", [0, 1])
 def test_a_wrong_sum_is_a_problem(group, lie):
-    answers = group(2)("tests/prerequisites/doctor_cases.py", "sums", lie)
+    answers = group(2)(OnRanks("tests/prerequisites/doctor_on_ranks.py").sums, lie)
     assert [status for status, _ in answers] == (["problem"] * 2 if lie else ["ok"] * 2)
     assert all("1,048,576 of 1,048,576 sums are wrong" in found for _, found in answers) == bool(lie)

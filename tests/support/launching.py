@@ -2,20 +2,55 @@
 
 import contextlib
 import os
-import pickle
-import selectors
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 
+import fork_server
 import psutil
 import pytest
+import rank_worker
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+TIMEOUT_S = float(os.environ.get("GROUP_TIMEOUT_S", "120"))  # generous: a busy machine is not a hang
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DEVICE")
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function of a file of functions that run on ranks."""
+
+    path: Path
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.path.relative_to(ROOT)}:{self.name}"
+
+
+class OnRanks:
+    """The functions of a `*_on_ranks.py` file: `OnRanks("tests/fsdp/finetune_on_ranks.py").train` names `train`.
+
+    The file itself is imported on the ranks only: a lesson's scripts have names (`train`, `settings`) that other
+    lessons' scripts have too.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = ROOT / path
+        self._names = set(re.findall(r"^def (\w+)\(", self._path.read_text(), re.MULTILINE))
+
+    def __getattr__(self, name: str) -> Function:
+        if name not in self._names:
+            raise AttributeError(f"{self._path} has no function {name}; it has {', '.join(sorted(self._names))}")
+        return Function(self._path, name)
+
+
+SCRIPTS = OnRanks("tests/support/scripts_on_ranks.py")  # runs the scripts of any lesson as they stand
 
 
 def clean_environment(**more: str) -> dict[str, str]:
@@ -98,63 +133,66 @@ def assert_refused(answers: list[tuple[int, str]], words: str) -> None:
 
 
 class Group:
-    """Ranks that wait for work: each call runs one function on all of them at once."""
+    """Ranks that wait for work: each call runs one function on all of them at once.
+
+    The ranks are forked from a server process that has imported torch once (tests/support/fork_server.py), so that
+    a rank costs hundredths of a second instead of the seconds of an import.
+    """
 
     def __init__(self, size: int) -> None:
-        self.size, self.processes = size, []
+        self.size, self.processes, self.connections = size, [], []
 
     def start(self) -> None:
+        context = fork_server.context()
         for rank in range(self.size):
             variables = {"RANK": rank, "WORLD_SIZE": self.size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": self.size}
             env = clean_environment(MASTER_ADDR="127.0.0.1", DEVICE="cpu", **{k: str(v) for k, v in variables.items()})
-            worker = [sys.executable, str(ROOT / "tests" / "support" / "rank_worker.py")]
-            self.processes.append(
-                subprocess.Popen(worker, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            )
+            ours, theirs = context.Pipe()
+            process = context.Process(target=rank_worker.main, args=(theirs, env), daemon=True)
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self.connections.append(ours)
 
     def stop(self, kill: bool = False) -> None:
+        for process, connection in zip(self.processes, self.connections, strict=True):
+            if kill:
+                process.kill()
+            connection.close()
         for process in self.processes:
-            process.kill() if kill else process.stdin.close()
-        for process in self.processes:
-            process.wait(timeout=90)
-            process.stdout.close()
-        self.processes = []
+            process.join(timeout=90)
+        self.processes, self.connections = [], []
 
-    def __call__(self, path: str, function: str, *args, timeout: float = 120):
-        """Call `function` of the file `path` (from the repository root) on all ranks; returns the results by rank."""
-        if ended := {rank: code for rank, p in enumerate(self.processes) if (code := p.poll()) is not None}:
+    def __call__(self, function: Function, *args, timeout: float = TIMEOUT_S):
+        """Call `function` of a file of functions for ranks on all ranks; returns the results by rank."""
+        if ended := {rank: p.exitcode for rank, p in enumerate(self.processes) if p.exitcode is not None}:
             self.stop(kill=True)
             if set(ended.values()) != {-signal.SIGKILL}:  # that one comes from outside: the kernel wanted memory
                 pytest.fail(f"rank(s) of the tests before ended by themselves, with exit codes {ended}")
         if not self.processes:
             self.start()
         port = free_port()
-        for process in self.processes:
-            pickle.dump((port, str(ROOT / path), function, args), process.stdin)
-            process.stdin.flush()
+        for connection in self.connections:
+            connection.send((port, str(function.path), function.name, args))
         answers, deadline = {}, time.monotonic() + timeout
-        with selectors.DefaultSelector() as selector:
-            for rank, process in enumerate(self.processes):
-                selector.register(process.stdout, selectors.EVENT_READ, rank)
-            while len(answers) < self.size:
-                ready = selector.select(max(0.0, deadline - time.monotonic()))
-                if not ready:
-                    missing = sorted(set(range(self.size)) - set(answers))
-                    self.stop(kill=True)
-                    pytest.fail(
-                        f"{path}:{function}: rank(s) {missing} gave no answer in {timeout} s; others: {answers}"
-                    )
-                for key, _ in ready:
-                    try:
-                        answers[key.data] = pickle.load(key.fileobj)
-                    except EOFError:
-                        answers[key.data] = ("failed", "the process died")
-                    selector.unregister(key.fileobj)
-                if any(state == "failed" for state, _ in answers.values()):
-                    deadline = min(deadline, time.monotonic() + 5)  # the others may wait for it for ever
+        waiting = {connection: rank for rank, connection in enumerate(self.connections)}
+        while waiting:
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                missing = sorted(waiting.values())
+                self.stop(kill=True)
+                pytest.fail(f"{function}: rank(s) {missing} gave no answer in {timeout} s; others: {answers}")
+            for connection in ready:
+                rank = waiting.pop(connection)
+                try:
+                    answers[rank] = connection.recv()
+                except (EOFError, ConnectionResetError):
+                    answers[rank] = ("failed", "the process died")
+                if answers[rank][0] == "failed":
+                    deadline = min(deadline, time.monotonic() + 5)  # the others may wait for it forever
         if bad := {rank: answer for rank, (state, answer) in answers.items() if state != "ok"}:
             self.stop(kill=True)
-            pytest.fail(f"{path}:{function} on {self.size} ranks:\n" + "\n".join(f"[{r}] {a}" for r, a in bad.items()))
+            pytest.fail(f"{function} on {self.size} ranks:\n" + "\n".join(f"[{r}] {a}" for r, a in bad.items()))
         return [answers[rank][1] for rank in range(self.size)]
 
 

@@ -1,22 +1,25 @@
-"""One rank of a group that stays up for a whole test session: reads calls from stdin, answers on stdout.
+"""One rank of a group that stays up for many tests: receives calls, sends answers.
 
-Started by the `group` fixture in conftest.py. A call is (port, file, function name, arguments); the function runs on
-all ranks inside one Gloo process group and may use any collective. A function with the attribute `joins_itself`
-finds no group but the environment that torchrun would set: so a script's own main() can run here.
+Started by `launching.Group`. A call is (port, file, function name, arguments); the function runs on all ranks
+inside one Gloo process group and may use any collective. A function marked `@starts_its_own_group` finds no group but
+the environment that torchrun would set: so a script's own main() can run here.
 """
 
 import contextlib
 import importlib.util
 import io
 import os
-import pickle
 import sys
 import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-import torch.distributed.nn  # before a group exists, which it would keep alive: see common/ranks.py
+
+def starts_its_own_group(function: Callable) -> Callable:
+    """Mark a function that joins a process group by itself, as a script does."""
+    function.starts_its_own_group = True  # type: ignore[attr-defined]
+    return function
 
 
 def load(path: str):
@@ -31,20 +34,27 @@ def load(path: str):
     return sys.modules[name]
 
 
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a case prints must not get among the answers
+def main(calls: Connection, environment: dict[str, str]) -> None:
+    """Answer calls until the other end is closed."""
+    import torch  # here, not at the top: the process that forks ranks by this file need not import it
+    import torch.distributed as dist
+
+    os.environ.clear()
+    os.environ.update(environment)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115  (the fork server has closed its own)
     torch.set_num_threads(1)
     while True:
         try:
-            port, path, name, args = pickle.load(sys.stdin.buffer)
+            port, path, name, args = calls.recv()
         except EOFError:
             break
         os.environ["MASTER_PORT"] = str(port)
         stderr = io.StringIO()
         try:
             function = getattr(load(path), name)
-            if getattr(function, "joins_itself", False):
+            if getattr(function, "starts_its_own_group", False):
                 leave()
             elif not dist.is_initialized():
                 dist.init_process_group("gloo")
@@ -52,17 +62,14 @@ def main() -> None:
                 answer = ("ok", function(*args))
         except BaseException as error:  # a SystemExit too is an answer
             answer = ("failed", f"{type(error).__name__}: {error}\n{stderr.getvalue()}{traceback.format_exc()}")
-        pickle.dump(answer, answers)
-        answers.flush()
+        calls.send(answer)
     leave()
 
 
 def leave() -> None:
     """Destroy the group, if there is one, when all ranks are done with it."""
+    import torch.distributed as dist
+
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

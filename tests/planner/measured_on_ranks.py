@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from own_folder import own_folder
+from rank_worker import starts_its_own_group
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
@@ -54,6 +55,7 @@ def behind(tensors) -> dict[int, int]:
     return {part.untyped_storage()._cdata: part.untyped_storage().nbytes() for part in parts}
 
 
+@starts_its_own_group
 def measured(script: str, arguments: list[str], memory: bool) -> dict:
     """Train three steps; what this rank held and sent in the second. (After the last one, scripts evaluate.)
 
@@ -115,6 +117,3 @@ def measured(script: str, arguments: list[str], memory: bool) -> dict:
     finally:
         Run.restore, Run.steps = restore, steps
     return found["answer"]
-
-
-measured.joins_itself = True

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from own_folder import own_folder
+from rank_worker import starts_its_own_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor, Replicate, distribute_module, distribute_tensor, parallel
@@ -46,6 +47,7 @@ def collectives(sequence_parallel: bool, tied: bool, layers: int) -> dict[str, i
     return {str(op).removeprefix("c10d_functional."): count for op, count in sent.get_comm_counts().items()}
 
 
+@starts_its_own_group
 def ends_with_replicated_norms(arguments: list[str]) -> tuple[int, str]:
     """How tensor_parallel.py ends where norms take their part of the sequence for the whole: the lesson's mistake."""
 
@@ -64,6 +66,7 @@ def ends_with_replicated_norms(arguments: list[str]) -> tuple[int, str]:
         parallel.SequenceParallel = right
 
 
+@starts_its_own_group
 def recorded(arguments: list[str]) -> list[tuple[str, int, int]]:
     """Train with the pipeline script; what this rank did: (F, B, I or W; stage; micro-batch), in order."""
     actions = []
@@ -97,6 +100,3 @@ def recorded(arguments: list[str]) -> list[tuple[str, int, int]]:
         for name, original in originals.items():
             setattr(PipelineStage, name, original)
     return actions
-
-
-recorded.joins_itself = ends_with_replicated_norms.joins_itself = True

@@ -4,9 +4,9 @@ import functools
 
 import torch
 import torch.distributed as dist
-from tp_cases import CLIP, SAMPLES, Differences, batch, dense, optimizer_for, small
+from tp_on_ranks import CLIP, SAMPLES, Differences, batch, dense, optimizer_for, small
 
-import pipeline_parallel as pp  # isort: skip  (tp_cases puts from_scratch/ on the path)
+import pipeline_parallel as pp  # isort: skip  (tp_on_ranks puts from_scratch/ on the path)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import weakref
 from pathlib import Path
 
 import torch.distributed as dist
+from rank_worker import starts_its_own_group
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "from_scratch"))  # as when torchrun starts a script there
@@ -19,6 +20,7 @@ from common import data  # noqa: E402
 data._embedded_text = functools.cache(data._embedded_text)  # each script reads the same text: once is enough here
 
 
+@starts_its_own_group
 def metered(script: str) -> tuple[str, bool]:
     """Run a step script on this rank through step_meter.py.
 
@@ -39,6 +41,3 @@ def metered(script: str) -> tuple[str, bool]:
         dist.destroy_process_group = destroy
     gc.collect()
     return printed.getvalue(), any(reference() is not None for reference in seen)
-
-
-metered.joins_itself = True

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import torch
-from rank_cases import here
+from ranks_on_ranks import here
 from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint

@@ -7,21 +7,20 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from rank_worker import starts_its_own_group
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "collectives"), str(Path(__file__).parent)]
 
 import bandwidth  # noqa: E402  (needs the paths above)
-import lesson_cases  # noqa: E402
-from lesson_cases import here  # noqa: E402
+import lesson_on_ranks  # noqa: E402
+from lesson_on_ranks import here  # noqa: E402
 
 
+@starts_its_own_group
 def run(arguments: list[str]) -> tuple[int, str, str]:
     """The script with these arguments on this rank: its exit code, and what it wrote to stdout and stderr."""
-    return lesson_cases.run("bandwidth", arguments)
-
-
-run.joins_itself = True
+    return lesson_on_ranks.run("bandwidth", arguments)
 
 
 def tampered(collective: str, on_rank: int) -> tuple[int, str]:

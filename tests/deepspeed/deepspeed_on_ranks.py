@@ -1,16 +1,11 @@
 """What the ranks of a `group` run for the tests of deepspeed/: the scripts as they stand, one after the other."""
 
-import importlib.util
 import sys
 from collections import Counter
-from pathlib import Path
 
+import scripts_on_ranks
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-spec = importlib.util.spec_from_file_location("ddp_cases", ROOT / "tests" / "ddp" / "cases.py")
-ddp = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(ddp)
+from rank_worker import starts_its_own_group
 
 
 def forget_groups() -> None:
@@ -24,24 +19,28 @@ def forget_groups() -> None:
                 setattr(groups, name, {} if isinstance(value, dict) else None)
 
 
+@starts_its_own_group
 def train(script: str, arguments: list[str]) -> None:
     """Run a script with these arguments on this rank."""
     forget_groups()
-    ddp.train(script, arguments)
+    scripts_on_ranks.train(script, arguments)
 
 
+@starts_its_own_group
 def train_until(script: str, arguments: list[str], steps: int) -> None:
     """The same, told to stop when `steps` steps are done."""
     forget_groups()
-    ddp.train_until(script, arguments, steps)
+    scripts_on_ranks.train_until(script, arguments, steps)
 
 
+@starts_its_own_group
 def ends(script: str, arguments: list[str]) -> tuple[int, str]:
     """The same for a script that must end with a message: its exit code and that message."""
     forget_groups()
-    return ddp.ends(script, arguments)
+    return scripts_on_ranks.ends(script, arguments)
 
 
+@starts_its_own_group
 def sent(script: str, arguments: list[str]) -> list[dict[str, int]]:
     """Run a script, and count by step how many numbers go through each kind of collective (its largest tensor)."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -71,6 +70,3 @@ def sent(script: str, arguments: list[str]) -> list[dict[str, int]]:
     finally:
         Run.log = log
     return steps
-
-
-train.joins_itself = sent.joins_itself = train_until.joins_itself = ends.joins_itself = True

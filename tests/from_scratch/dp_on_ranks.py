@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from tp_cases import Differences, batch, small
+from tp_on_ranks import Differences, batch, small
 
-import data_parallel as dp  # isort: skip  (tp_cases puts from_scratch/ on the path)
+import data_parallel as dp  # isort: skip  (tp_on_ranks puts from_scratch/ on the path)
 import mesh  # isort: skip
 
 from common.optimizer import OptimizerConfig, build_optimizer

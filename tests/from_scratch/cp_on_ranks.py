@@ -3,11 +3,11 @@
 import torch
 import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
-from tp_cases import CLIP, Differences, batch, dense, optimizer_for, small
+from tp_on_ranks import CLIP, Differences, batch, dense, optimizer_for, small
 
 from common.transformer import Transformer, causal_attention
 
-import context_parallel as cp  # isort: skip  (tp_cases puts from_scratch/ on the path)
+import context_parallel as cp  # isort: skip  (tp_on_ranks puts from_scratch/ on the path)
 
 
 def attention(balanced: bool, kv_heads: int, dtype: torch.dtype) -> tuple[dict, int]:

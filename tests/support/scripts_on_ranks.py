@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 from own_folder import own_folder
+from rank_worker import starts_its_own_group
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+@starts_its_own_group
 def train(script: str, arguments: list[str]) -> None:
     """Run a lesson script as it stands, with these arguments, on this rank."""
     sys.argv = [str(ROOT / script), *arguments]
@@ -19,6 +21,7 @@ def train(script: str, arguments: list[str]) -> None:
         runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
+@starts_its_own_group
 def ends(script: str, arguments: list[str]) -> tuple[int, str]:
     """The same for a script that must end with a message: its exit code, and what it wrote to stderr."""
     stderr = io.StringIO()
@@ -33,6 +36,7 @@ def ends(script: str, arguments: list[str]) -> tuple[int, str]:
     return code, stderr.getvalue()
 
 
+@starts_its_own_group
 def printed(script: str, arguments: list[str]) -> str:
     """The same; what it printed."""
     stdout = io.StringIO()
@@ -41,9 +45,7 @@ def printed(script: str, arguments: list[str]) -> str:
     return stdout.getvalue()
 
 
-train.joins_itself = ends.joins_itself = printed.joins_itself = True
-
-
+@starts_its_own_group
 def train_until(script: str, arguments: list[str], steps: int) -> None:
     """Run a lesson script and tell it to stop when `steps` steps are done, as a signal would."""
     from common.run import Run
@@ -60,6 +62,3 @@ def train_until(script: str, arguments: list[str], steps: int) -> None:
         train(script, arguments)
     finally:
         Run.log = log
-
-
-train_until.joins_itself = True

@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 import torch.distributed as dist
 from own_folder import own_folder
+from rank_worker import starts_its_own_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.experimental._context_parallel import _attention as torch_ring
@@ -82,6 +83,7 @@ def context_work(layers: int) -> tuple[list[tuple[str, int]], int]:
     return sent.messages, pairs
 
 
+@starts_its_own_group
 def train_in_a_ring(script: str, arguments: list[str]) -> int:
     """Train with `attention: ring` on the CPU: how often keys and values, or their gradients, went around.
 
@@ -137,6 +139,7 @@ def train_in_a_ring(script: str, arguments: list[str]) -> int:
 # ----------------------------------------------------------------------------------------------------- expert
 
 
+@starts_its_own_group
 def train_lopsided(script: str, arguments: list[str]) -> set[int]:
     """Train a model whose routers choose the first half of the experts for every token: how many came to this rank.
 
@@ -170,6 +173,7 @@ def train_lopsided(script: str, arguments: list[str]) -> set[int]:
     return arrivals
 
 
+@starts_its_own_group
 def train_and_count(script: str, arguments: list[str]) -> list[list[int]]:
     """Train: how many of this rank's tokens went to each expert in the last forward of a training step, by layer."""
     loads = []
@@ -183,9 +187,6 @@ def train_and_count(script: str, arguments: list[str]) -> list[list[int]]:
         layers.describe_load = noted
         train(script, arguments)
     return loads
-
-
-train_in_a_ring.joins_itself = train_lopsided.joins_itself = train_and_count.joins_itself = True
 
 
 def expert_work(layers: int) -> tuple[list[tuple[str, int]], list[list[int]]]:

@@ -6,6 +6,8 @@ import io
 import sys
 from pathlib import Path
 
+from rank_worker import starts_its_own_group
+
 sys.path.append(str(Path(__file__).resolve().parents[1] / "ddp"))
 
 import cases
@@ -32,12 +34,14 @@ def double_norms():
         LlamaRMSNorm.forward = usual
 
 
+@starts_its_own_group
 def train(arguments: list[str]) -> None:
     """Run the script on this rank."""
     with double_norms():
         cases.train(SCRIPT, arguments)
 
 
+@starts_its_own_group
 def printed(arguments: list[str]) -> str:
     """Run the script on this rank; what it printed."""
     stdout = io.StringIO()
@@ -46,12 +50,14 @@ def printed(arguments: list[str]) -> str:
     return stdout.getvalue()
 
 
+@starts_its_own_group
 def train_until(arguments: list[str], steps: int) -> None:
     """Run the script, and tell it to stop when `steps` steps are done."""
     with double_norms():
         cases.train_until(SCRIPT, arguments, steps)
 
 
+@starts_its_own_group
 def asked_and_answered(arguments: list[str]) -> tuple[list[str], list[str], list[int]]:
     """Run the script: ids and answers that were scored at the end, and the prompts in each batch of this rank."""
     from common import question_answering
@@ -75,6 +81,7 @@ def asked_and_answered(arguments: list[str]) -> tuple[list[str], list[str], list
     return *scored["all"], batches
 
 
+@starts_its_own_group
 def ends_without(package: str, arguments: list[str]) -> tuple[int, str]:
     """How the script ends where a package is not installed."""
     kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == package}
@@ -108,7 +115,3 @@ def counted(path: str) -> tuple[int, int]:
     micro_batches = list(Loader(dataset, plan, torch.device("cpu")).micro_batches(0))
     mine = sum(int((targets != -100).sum()) for (_, targets), _ in micro_batches)
     return mine, int(lesson().count_tokens(micro_batches))
-
-
-for case in (train, printed, train_until, asked_and_answered, ends_without):
-    case.joins_itself = True

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from rank_worker import starts_its_own_group
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "collectives"))
@@ -24,6 +25,7 @@ CONFIGS = {
 }
 
 
+@starts_its_own_group
 def run(script: str, arguments: list[str]) -> tuple[int, str, str]:
     """A script with these arguments on this rank: its exit code, and what it wrote to stdout and stderr."""
     module, code, out, err = importlib.import_module(script), 0, io.StringIO(), io.StringIO()
@@ -35,9 +37,6 @@ def run(script: str, arguments: list[str]) -> tuple[int, str, str]:
     if dist.is_initialized():
         dist.destroy_process_group()
     return code, out.getvalue(), err.getvalue()
-
-
-run.joins_itself = True
 
 
 def here() -> Ranks:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from rank_worker import starts_its_own_group
 
 from common import checkpoint
 from common.config import parse
@@ -26,6 +27,7 @@ def load_script():
     return module
 
 
+@starts_its_own_group
 def evaluate_checkpoint(path: str, batch_size: int) -> tuple[float, float]:
     """Loss and accuracy of a small_cnn from a checkpoint, by as many ranks as there are."""
     vision, ranks = load_script(), join("cpu")
@@ -37,6 +39,7 @@ def evaluate_checkpoint(path: str, batch_size: int) -> tuple[float, float]:
     return result
 
 
+@starts_its_own_group
 def averaged_statistics() -> tuple[torch.Tensor, torch.Tensor, int]:
     """Running mean and variance and the counter after averaging; before, each rank has its own."""
     vision, ranks = load_script(), join("cpu")
@@ -53,6 +56,7 @@ def averaged_statistics() -> tuple[torch.Tensor, torch.Tensor, int]:
     return means, variances, int(model[2].num_batches_tracked)
 
 
+@starts_its_own_group
 def train_without_averaging(arguments: list[str]) -> tuple[int, str]:
     """Train with the running statistics left to DDP: exit code and stderr."""
     vision, stderr, code = load_script(), io.StringIO(), 0
@@ -65,6 +69,3 @@ def train_without_averaging(arguments: list[str]) -> tuple[int, str]:
     if dist.is_initialized():
         dist.destroy_process_group()
     return code, stderr.getvalue()
-
-
-evaluate_checkpoint.joins_itself = averaged_statistics.joins_itself = train_without_averaging.joins_itself = True

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from own_folder import own_folder
+from rank_worker import starts_its_own_group
 
 from common.run import Run
 
@@ -24,6 +25,7 @@ def load_script():
     return module
 
 
+@starts_its_own_group
 def counted(arguments: list[str]) -> dict[str, int]:
     """Train on this rank, and count: calls of the optimizer, gradients sent, and images seen in training.
 
@@ -59,6 +61,7 @@ def counted(arguments: list[str]) -> dict[str, int]:
     return dict(counts)
 
 
+@starts_its_own_group
 def terminated(arguments: list[str], step: int) -> bool:
     """Train, with a SIGTERM for rank 1 at `step`; whether the handler of before is back at the end."""
     before, handler, log = dict(os.environ), signal.getsignal(signal.SIGTERM), Run.log
@@ -78,6 +81,3 @@ def terminated(arguments: list[str], step: int) -> bool:
         os.environ.clear()
         os.environ.update(before)
     return signal.getsignal(signal.SIGTERM) is handler
-
-
-counted.joins_itself = terminated.joins_itself = True

@@ -1,16 +1,13 @@
 """What the ranks of a `group` run for test_finetune.py."""
 
-import importlib.util
 import inspect
 import os
-from pathlib import Path
 
+import deepspeed_on_ranks
 import torch
+from rank_worker import starts_its_own_group
 
 SCRIPT = "deepspeed/finetune.py"
-spec = importlib.util.spec_from_file_location("deepspeed_cases", Path(__file__).with_name("cases.py"))
-cases = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cases)
 
 
 def forget() -> None:
@@ -25,6 +22,7 @@ def forget() -> None:
         os.environ.pop(name, None)
 
 
+@starts_its_own_group
 def train(arguments: list[str]) -> dict:
     """Run the script on this rank, and watch.
 
@@ -61,23 +59,22 @@ def train(arguments: list[str]) -> dict:
     watch.__signature__ = inspect.signature(forward)  # Trainer looks at it
     llama.forward, question_answering.score = watch, keep
     try:
-        cases.train(SCRIPT, arguments)
+        deepspeed_on_ranks.train(SCRIPT, arguments)
     finally:
         llama.forward, question_answering.score = forward, score
         handle.remove()
     return seen
 
 
+@starts_its_own_group
 def train_until(arguments: list[str], steps: int) -> None:
     """Run the script, and tell it to stop when `steps` steps are done."""
     forget()
-    cases.train_until(SCRIPT, arguments, steps)
+    deepspeed_on_ranks.train_until(SCRIPT, arguments, steps)
 
 
+@starts_its_own_group
 def ends(arguments: list[str]) -> tuple[int, str]:
     """The exit code of a script that must end with a message, and that message."""
     forget()
-    return cases.ends(SCRIPT, arguments)
-
-
-train.joins_itself = train_until.joins_itself = ends.joins_itself = True
+    return deepspeed_on_ranks.ends(SCRIPT, arguments)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from own_folder import own_folder
+from rank_worker import starts_its_own_group
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = "lightning/train.py"
@@ -27,6 +28,7 @@ def same_environment() -> Iterator[None]:
         os.environ.update(before)
 
 
+@starts_its_own_group
 def train(arguments: list[str], script: str = SCRIPT) -> None:
     """Run a script as it stands, with these arguments, on this rank."""
     path = ROOT / script
@@ -35,6 +37,7 @@ def train(arguments: list[str], script: str = SCRIPT) -> None:
         runpy.run_path(str(path), run_name="__main__")
 
 
+@starts_its_own_group
 def ends(arguments: list[str], script: str = SCRIPT) -> tuple[int, str]:
     """The same for a run that must end with a message: its exit code, and what it wrote to stderr."""
     stderr, code = io.StringIO(), 0
@@ -48,6 +51,7 @@ def ends(arguments: list[str], script: str = SCRIPT) -> tuple[int, str]:
     return code, stderr.getvalue()
 
 
+@starts_its_own_group
 def train_until(arguments: list[str], steps: int, script: str = SCRIPT) -> None:
     """Run it and tell it to stop when `steps` steps are done, as a signal would."""
     from common.run import Run
@@ -66,6 +70,7 @@ def train_until(arguments: list[str], steps: int, script: str = SCRIPT) -> None:
         Run.log = log
 
 
+@starts_its_own_group
 def counted(arguments: list[str]) -> list[tuple[int, list[int], int]]:
     """Run it and watch the optimizer: for each of its steps Lightning's global_step before it, this rank's samples (by
     their index in the training set), and the number of tokens that went through the model."""
@@ -100,6 +105,7 @@ def counted(arguments: list[str]) -> list[tuple[int, list[int], int]]:
     return seen
 
 
+@starts_its_own_group
 def held(arguments: list[str]) -> dict[str, object]:
     """Run it, and say what this rank holds at the end: numbers of elements of a matrix, a norm, AdamW's average of the
     matrix; the number of FSDP units, and how the matrix is placed."""
@@ -132,6 +138,7 @@ def held(arguments: list[str]) -> dict[str, object]:
     return seen
 
 
+@starts_its_own_group
 def train_changed(arguments: list[str], text: str, other: str) -> None:
     """Run the script with `other` in the place of a text: a mistake, to see what comes of it."""
     path = ROOT / SCRIPT
@@ -142,6 +149,7 @@ def train_changed(arguments: list[str], text: str, other: str) -> None:
         exec(compile(source.replace(text, other), SCRIPT, "exec"), {"__name__": "__main__"})
 
 
+@starts_its_own_group
 def logged_mean(samples: int) -> float:
     """What `self.log(…, sync_dist=True)` says of a loss that is 1 for each of so many samples, over the ranks."""
     from lightning.pytorch import LightningModule, Trainer
@@ -161,6 +169,7 @@ def logged_mean(samples: int) -> float:
     return found["loss"]
 
 
+@starts_its_own_group
 def communication(arguments: list[str], hold_back: bool = True) -> dict[str, int]:
     """Run it, and count what travels while Lightning trains: reductions of gradients, and Lightning's broadcasts.
 
@@ -196,7 +205,3 @@ def communication(arguments: list[str], hold_back: bool = True) -> dict[str, int
         DistributedDataParallel.forward, param_group.foreach_reduce, dist.broadcast = forward, reduce, broadcast
         FSDPModule.set_requires_gradient_sync = holding
     return counts
-
-
-train.joins_itself = ends.joins_itself = train_until.joins_itself = counted.joins_itself = True
-held.joins_itself = communication.joins_itself = train_changed.joins_itself = logged_mean.joins_itself = True

@@ -5,11 +5,11 @@ from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
-from dp_cases import CLIP, SEQUENCE, Odd, Strategy, beside_one_process, micro_batches, optimizer_for, watched
+from dp_on_ranks import CLIP, SEQUENCE, Odd, Strategy, beside_one_process, micro_batches, optimizer_for, watched
 from torch import nn
-from tp_cases import Differences, small
+from tp_on_ranks import Differences, small
 
-import data_parallel as dp  # isort: skip  (tp_cases puts from_scratch/ on the path)
+import data_parallel as dp  # isort: skip  (tp_on_ranks puts from_scratch/ on the path)
 import fully_sharded as fs  # isort: skip
 import sharded_optimizer as so  # isort: skip
 

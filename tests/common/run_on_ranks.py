@@ -4,8 +4,8 @@ import os
 
 import torch
 import torch.distributed as dist
-from checkpoint_cases import ended
-from rank_cases import here
+from checkpoint_on_ranks import ended
+from ranks_on_ranks import here
 
 from common.config import Config, parse
 from common.run import Run
