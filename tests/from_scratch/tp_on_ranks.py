@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from equality import STEPS
 from torch.nn.utils import clip_grad_norm_
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,7 +21,7 @@ import tensor_parallel_3d as tp3d  # noqa: E402
 
 from common.transformer import ModelConfig, Transformer  # noqa: E402
 
-SAMPLES, STEPS, CLIP = 4, 20, 1.0
+SAMPLES, CLIP = 4, 1.0
 
 
 def small(**changes) -> ModelConfig:
@@ -74,7 +75,7 @@ def part(name: str, whole: torch.Tensor) -> torch.Tensor:
 
 
 def train(sequence_parallel: bool, changes: dict, accumulation: int = 1) -> dict:
-    """Twenty steps beside the dense model's: the largest differences of this rank."""
+    """Some steps beside the dense model's: the largest differences of this rank."""
     config, group, seen = small(**changes), dist.group.WORLD, Differences()
     rows, first, last = dense(**changes)
     model = tp.parallelize(Transformer(config, seed=1).double(), group, sequence_parallel)
