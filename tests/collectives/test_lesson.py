@@ -184,6 +184,12 @@ def test_sharding_on_ranks(group, size):
     assert printed.endswith("all counts are as they must be\n")
 
 
+def test_ranks_that_drift_under_join_are_noticed(group):
+    for code, _, err in group(2)(ON_RANKS.drift_under_join):
+        (line,) = [line for line in err.splitlines() if "error: " in line]
+        assert code == 2 and "equal weights at the end" in line
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6])
 def test_sharding_played(capsys, ranks):
     play(data_sharding_demo.ShardingConfig(ranks=ranks))

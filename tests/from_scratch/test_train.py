@@ -10,6 +10,10 @@ import pytest
 from equality import SMALL, STEPS, assert_same_training, assert_trains_in_low_precision, read_rows
 from launching import ROOT, SCRIPTS, OnRanks, assert_refused, clean_environment, free_port, whose_rank_1_dies
 
+sys.path.insert(0, str(ROOT / "from_scratch"))
+
+import gantt
+
 SCRIPT = "from_scratch/train.py"
 ON_RANKS = OnRanks("tests/from_scratch/train_on_ranks.py")
 # Divides by 2, 3 and 4: key-value heads, neurons, sequence (in 2n pieces), vocabulary, layers; and 48 samples.
@@ -51,6 +55,10 @@ def test_every_strategy(group, reference, tmp_path, strategy, ranks, accumulatio
                "--train.check_replicas_every", "1"]  # fmt: skip
     tied = ["--model.tied", "true"] if accumulation > 1 else []
     train_and_compare(group, reference, tmp_path, ranks, options, tied)
+
+
+def test_context_without_balance(group, reference, tmp_path):
+    train_and_compare(group, reference, tmp_path, 2, ["--strategy", "context", "--balanced", "false"])
 
 
 COMBINATIONS = {  # on 4 ranks
@@ -167,11 +175,17 @@ def test_gradients_travel_no_oftener_than_the_strategy_says(sent, strategy, numb
 
 
 def test_settings_that_change_messages_alone(sent):
-    """`bucket_bytes` cuts the one message of all gradients; fsdp that keeps blocks gathers once."""
+    """Options under which the training is the same: what they ask for shows in the messages only."""
     for messages, _ in sent(2, "--bucket_bytes", "60000"):
         assert messages[("all-reduce", "float64")] > 4
     for _, numbers in sent(2, "--strategy", "fsdp", "--reshard_after_forward", "false"):
         assert numbers[("all-gather", "float64")] == 4 * NUMBERS / 2
+    # Sequence parallelism gathers twice in each of four layers and at the head, forward and backward, for each of two
+    # micro-batches; activation checkpointing gathers once more in the layers.
+    sequence = ["--strategy", "tensor", "--sequence_parallel", "true", "--batch.micro_size", "24"]
+    for checkpointing, gathers in (("false", 2 * (4 * 2 + 1)), ("true", 2 * (4 * 2 + 1) + 4 * 2)):
+        for messages, _ in sent(2, *sequence, "--train.activation_checkpointing", checkpointing):
+            assert messages[("all-gather", "float64")] == 2 * gathers
 
 
 def test_a_pipelines_replicas_reduce_once_a_step(sent):
@@ -210,14 +224,17 @@ def test_a_replica_that_drifts_ends_all_ranks(group, tmp_path, ranks, options):
 
 
 def test_events_are_those_of_one_pipelines_last_step(group, tmp_path):
-    """Recording slows a GPU down, so that only the last step is; one file for each stage of the first replica."""
-    options = ["--strategy", "pipeline", "--mesh.dp", "2", "--train.steps", "2", "--batch.micro_size", "6"]
+    """Recording slows a GPU down, so that only the last step is; one file for each rank of the first replica. The
+    schedule is the one that was asked for."""
+    options = ["--strategy", "pipeline", "--mesh.dp", "2", "--train.steps", "2", "--batch.micro_size", "6",
+               "--schedule", "interleaved", "--stages_per_rank", "2"]  # fmt: skip
     group(4)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *options))
     files = sorted((tmp_path / "many" / "events").iterdir())
     assert [file.name for file in files] == ["rank_0.jsonl", "rank_1.jsonl"]
     events = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     assert {event["step"] for event in events} == {1}
-    assert sum(event["event"] == "forward" for event in events) == 2 * 4
+    assert sum(event["event"] == "forward" for event in events) == 4 * 4  # stages x micro-batches
+    assert gantt.name_schedule(events) == "interleaved 1F1B with 2 stages a rank"
 
 
 def three_dimensional(folder):
