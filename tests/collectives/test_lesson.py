@@ -139,8 +139,9 @@ def test_ring_of_what_does_not_lie_in_a_row(group):
     assert group(3)(ON_RANKS.ring_of_a_transpose) == [True] * 3
 
 
-def test_the_rings_own_check_notices(group):
-    for code, text in group(3)(ON_RANKS.ring_that_forgets):
+@pytest.mark.parametrize("mistake", ["ring_that_forgets", "ring_that_rounds"])
+def test_the_rings_own_check_notices(group, mistake):
+    for code, text in group(3)(getattr(ON_RANKS, mistake)):
         assert code == 2 and "wrong on rank(s)" in text and len(text.strip().splitlines()) == 1
 
 
@@ -184,8 +185,8 @@ def test_sharding_on_ranks(group, size):
     assert printed.endswith("all counts are as they must be\n")
 
 
-def test_ranks_that_drift_under_join_are_noticed(group):
-    for code, _, err in group(2)(ON_RANKS.drift_under_join):
+def test_weights_that_differ_after_join_end_all_ranks(group):
+    for code, _, err in group(2)(ON_RANKS.different_weights):
         (line,) = [line for line in err.splitlines() if "error: " in line]
         assert code == 2 and "equal weights at the end" in line
 
