@@ -3,7 +3,7 @@
 import multiprocessing
 import multiprocessing.forkserver
 import os
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -20,8 +20,13 @@ PRELOAD = [
 ]  # fmt: skip
 
 
-def context() -> ForkServerContext:
-    """Return the context whose processes are forked from the server, which the first call starts."""
+def context() -> BaseContext:
+    """Return the context whose processes are forked from the server, which the first call starts.
+
+    Where pytest itself was forked from a process with torch (tools/mutants.py), ranks are forked from pytest.
+    """
+    if os.environ.get("RANKS_FROM_PYTEST"):
+        return multiprocessing.get_context("fork")
     os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when the server imports it
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(PRELOAD)
