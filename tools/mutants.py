@@ -36,9 +36,10 @@ TIMEOUT_S = 600.0  # for all tests of one bug; a bug that makes them hang is cau
 QUICK, ALL, NOTHING = "make test", "make test-all", "nothing"
 PRELOAD = [  # libraries only: the project's own modules come from each copy
     "torch", "torch._dynamo", "torch.distributed.nn", "torch.distributed.checkpoint.state_dict",
-    "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.pipelining", "torch.distributed.tensor.debug",
-    "torch.distributed.elastic.multiprocessing.errors", "torch.utils.flop_counter", "matplotlib.figure",
-    "matplotlib.backends.backend_agg", "yaml", "jsonargparse", "tqdm", "sklearn.datasets", "pytest", "psutil",
+    "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.pipelining",
+    "torch.distributed.tensor.debug", "torch.distributed.elastic.multiprocessing.errors",
+    "torch.utils.flop_counter", "matplotlib.figure", "matplotlib.backends.backend_agg", "yaml", "jsonargparse",
+    "tqdm", "sklearn.datasets", "pytest", "psutil",
 ]  # fmt: skip
 TEST_FAILED = 1  # pytest's exit code; 2 to 5 say that pytest could not run the tests
 
