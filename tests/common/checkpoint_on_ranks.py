@@ -1,13 +1,11 @@
 """What the ranks of a `group` run for test_checkpoint.py."""
 
-import contextlib
 import hashlib
-import io
 import os
 from pathlib import Path
 
 import torch
-from ranks_on_ranks import here
+from ranks_on_ranks import ended, here
 from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint
@@ -58,17 +56,6 @@ def latest_step(folder):
     ranks = here()
     found = checkpoint.latest(Path(folder)) if ranks.is_main else None
     return ranks.broadcast(found).name
-
-
-def ended(function, *args):
-    """The exit code and the words with which a call ends."""
-    stderr = io.StringIO()
-    with contextlib.redirect_stderr(stderr):
-        try:
-            function(*args)
-        except SystemExit as error:
-            return error.code, stderr.getvalue()
-    return 0, stderr.getvalue()
 
 
 def load_fails(folder, options):

@@ -290,8 +290,13 @@ def test_decoding_with_positions_of_the_caller():
 # --- activation checkpointing, compile, precision -----------------------------------------------------------------
 
 
-@CONFIGS
-@pytest.mark.parametrize("how", ["checkpointed", "compiled", "both", "whole", "checkpointed and whole"])
+@pytest.mark.parametrize(("config", "how"), [
+    pytest.param(config, how, id=f"{how}-{name}", marks=() if (name, how) in (
+        ("dense", "checkpointed"), ("tied", "checkpointed"), ("mixture", "checkpointed"), ("dense", "both"),
+    ) else pytest.mark.slow)
+    for name, config in (("dense", DENSE), ("tied", TIED), ("mixture", MIXTURE))
+    for how in ("checkpointed", "compiled", "both", "whole", "checkpointed and whole")
+])  # fmt: skip
 def test_checkpointing_and_compile_change_nothing(config, how):
     torch._dynamo.reset()
     tokens, targets = make_tokens()
@@ -322,6 +327,7 @@ def test_checkpointing_and_compile_change_nothing(config, how):
         assert len(calls) == config.layers
 
 
+@pytest.mark.slow
 @CONFIGS
 def test_checkpointed_and_compiled_blocks_take_batches_of_any_size(config):
     """As training, evaluation of a last small batch, and training again do."""
@@ -361,6 +367,7 @@ def test_checkpointing_keeps_one_activation_a_block():
     assert kept_bytes(model) < before / 4
 
 
+@pytest.mark.slow
 def test_inductor_compiles_the_blocks_once():
     """The default compiler, in fp32, as the scripts use it."""
     tokens, targets = make_tokens()
