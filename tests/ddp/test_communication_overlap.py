@@ -1,10 +1,9 @@
 """ddp/communication_overlap.py: buckets, messages, bytes, order, and what lies inside backward. Never seconds."""
 
 import json
-import sys
 
 import pytest
-from launching import SCRIPTS, run_command
+from launching import SCRIPTS
 
 from common.transformer import ModelConfig, Transformer
 
@@ -21,12 +20,11 @@ BY_HAND, ONE, DEFAULT, CAPPED, QUARTER, VIEWS, STATIC, FP16, BF16, POWER_SGD = r
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """The script as a user starts it: what it printed, results.json, and the folder."""
+def two_ranks(tmp_path_factory, group):
+    """A run of the script: what all ranks printed, results.json, and the folder."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    ended = run_command([*torchrun, SCRIPT, *SMALL, "--device", "cpu", "--output", str(folder)])
-    return ended.stdout, json.loads((folder / "results.json").read_text()), folder
+    printed = group(2)(SCRIPTS.printed, SCRIPT, [*SMALL, "--device", "cpu", "--output", str(folder)])
+    return "".join(printed), json.loads((folder / "results.json").read_text()), folder
 
 
 @pytest.fixture(scope="module", params=[2, 3])
