@@ -140,3 +140,34 @@ def minimal_parts(script: str) -> dict:
     finally:
         DistributedSampler.__iter__, torch.optim.AdamW.step = iterate, step
     return {"printed": text, "epochs": epochs, "weights": weights[0]}
+
+
+@starts_its_own_group
+def largest_gradient_difference(folder: str, wrong_on: int) -> float:
+    """What ddp/gradient_accumulation.py finds when one rank alone has a gradient that is off by 1."""
+    import sys
+
+    import torch
+
+    sys.path.insert(0, folder)
+    import gradient_accumulation as lesson
+
+    from common.ranks import join
+
+    ranks = join("cpu")
+    small = ["--model.width", "32", "--model.ffn_width", "48", "--model.layers", "1", "--train.steps", "2"]
+    config = lesson.parse(lesson.AccumulationConfig, small)
+    reference = lesson.Transformer(config.model, config.seed).double()
+    for parameter in reference.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def accumulate(ddp_model, micro_batches, scale):
+        for parameter in ddp_model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        if ranks.rank == wrong_on:
+            next(ddp_model.parameters()).grad[0, 0] = -1
+
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+    _, _, difference = lesson.train(accumulate, [[(tokens, tokens)]], config, ranks, reference)
+    ranks.leave()
+    return difference

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from launching import SCRIPTS, OnRanks
+from launching import ROOT, SCRIPTS, OnRanks
 
 ON_RANKS = OnRanks("tests/ddp/starts_on_ranks.py")
 SCRIPT = "ddp/gradient_accumulation.py"
@@ -51,6 +51,12 @@ def test_right_ways_are_equal_and_wrong_ones_are_found(group, ranks):
         else:
             assert off < 1e-12, name  # fp64: only the order of the additions differs
             assert loss == right[3], name
+
+
+def test_the_largest_difference_is_that_of_any_rank(group):
+    """A gradient that is wrong on one rank only is told to all of them."""
+    for wrong_on in (0, 2):
+        assert group(3)(ON_RANKS.largest_gradient_difference, str(ROOT / "ddp"), wrong_on) == [1.0] * 3
 
 
 def test_the_script_fails_when_it_finds_something_else(group, tmp_path):

@@ -166,13 +166,20 @@ def test_the_evaluation_does_not_depend_on_the_world_size(group, trained):
         assert abs(loss - logged["val_loss"]) < 1e-6  # fp32 kernels may sum another batch size in another order
 
 
-def test_resuming_is_bitwise_at_two_ranks(group, tmp_path):
-    options = ["--train.steps", "6", "--optimizer.warmup_steps", "2"]
-    whole = train(group, 2, tmp_path, "whole", *options, "--checkpoint.every", "3")
-    resumed = train(group, 2, tmp_path, "resumed", *options, "--resume", str(whole / "checkpoints" / "step_3"))
-    for mine, theirs in zip(read_rows(resumed), read_rows(whole)[3:], strict=True):
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_resuming_is_bitwise_at_two_ranks(group, tmp_path, precision):
+    """Weights, velocities, running statistics, the scaler with its count of steps, data, learning rates."""
+    options = ["--train.steps", str(STEPS), "--optimizer.warmup_steps", "2", "--train.precision", precision]
+    half = STEPS // 2
+    whole = train(group, 2, tmp_path, "whole", *options, "--checkpoint.every", str(half))
+    resumed = train(group, 2, tmp_path, "resumed", *options, "--resume", str(whole / "checkpoints" / f"step_{half}"))
+    for mine, theirs in zip(read_rows(resumed), read_rows(whole)[half:], strict=True):
         assert all(mine[key] == theirs[key] for key in ("step", "loss", "grad_norm", "lr", "images"))
-    a, b = read_checkpoint(whole, 6), read_checkpoint(resumed, 6)
+    manifests = [json.loads((run / "checkpoints" / f"step_{STEPS}" / "manifest.json").read_text())
+                 for run in (whole, resumed)]  # fmt: skip
+    assert manifests[0]["extra"] == manifests[1]["extra"]
+    assert [state["_growth_tracker"] for state in manifests[1]["extra"].values()] == [STEPS] * (precision == "fp16")
+    a, b = read_checkpoint(whole, STEPS), read_checkpoint(resumed, STEPS)
     assert a.keys() == b.keys() and any("running_var" in name for name in a)
     assert all(torch.equal(a[name], b[name]) for name in a)
 
