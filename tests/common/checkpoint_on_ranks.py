@@ -109,3 +109,26 @@ def wakes_before_the_commit(folder, committed_meanwhile):
     checkpoint.save(Path(folder), 1, model, optimizer, here(), {"by": "second"}, 2, other[0])
     then = checkpoint.load(checkpoint.latest(Path(folder)), model, optimizer, here())["extra"]["by"]
     return end, found, then, len(list((Path(folder) / "step_1").glob("shards-*")))
+
+
+def synced(folder):
+    """What this rank syncs to the disk while it saves, and when the manifest appears, in order."""
+    model, _, optimizer = build()
+    events, fsync, link = [], os.fsync, os.link
+
+    def noting(descriptor):
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        kinds = ("shards-", "manifest", ".metadata")
+        events.append(next((kind for kind in kinds if name.startswith(kind)), name))
+        fsync(descriptor)
+
+    def committing(*args):
+        events.append("commit")
+        link(*args)
+
+    os.fsync, os.link = noting, committing
+    try:
+        checkpoint.save(Path(folder), 1, model, optimizer, here())
+    finally:
+        os.fsync, os.link = fsync, link
+    return events

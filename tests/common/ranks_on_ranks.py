@@ -77,3 +77,23 @@ def joins(variables, timeout_s):
 
     with environment(variables):
         return ended(join_and_leave)
+
+
+@starts_its_own_group
+def variables_at_start(profile):
+    """What NCCL would find in its environment when the group is made."""
+    seen, start = {}, dist.init_process_group
+
+    def starting(*args, **kwargs):
+        seen.update({name: os.environ.get(name) for name in ("NCCL_IB_DISABLE", "NCCL_DEBUG")})
+        start(*args, **kwargs)
+
+    with environment({}):
+        for name in ("NCCL_IB_DISABLE", "NCCL_DEBUG"):
+            os.environ.pop(name, None)
+        dist.init_process_group = starting
+        try:
+            join("cpu", 60, profile).leave()
+        finally:
+            dist.init_process_group = start
+    return seen

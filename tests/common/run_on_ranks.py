@@ -5,7 +5,7 @@ import signal
 
 import torch
 import torch.distributed as dist
-from ranks_on_ranks import ended, here
+from ranks_on_ranks import ended, environment, here
 
 import common.run
 from common.config import Config, parse
@@ -191,3 +191,8 @@ def when_replicas_are_checked(folder, every):
     finally:
         common.run.check_replicas = kept
     return checked
+
+
+def steps_with_stop_file(folder, path):
+    with environment({"STOP_FILE": path}):
+        return steps_until_stopped(folder, None, None)

@@ -142,3 +142,20 @@ def test_a_leftover_that_wakes_in_its_commit(group, tmp_path, committed_meanwhil
     assert "another attempt has taken over" in end[1]
     assert (found, then) == ("second" if committed_meanwhile else "first", "second")
     assert shards == 1
+
+
+def test_the_latest_is_that_of_the_highest_number(group, tmp_path):
+    """Of 9, 10 and 100, which text puts in another order."""
+    folders = group(2)(ON_RANKS.save_many, str(tmp_path), [9, 10, 100], 2)
+    assert folders[0] == ["step_10", "step_100"]
+    assert group(2)(ON_RANKS.latest_step, str(tmp_path)) == ["step_100"] * 2
+
+
+def test_files_are_on_disk_before_the_manifest(group, tmp_path):
+    """A power cut after the commit must find all that the manifest names: shards, their folder, then the manifest."""
+    for rank, events in enumerate(group(2)(ON_RANKS.synced, str(tmp_path))):
+        shard, folder = f"__{rank}_0.distcp", "shards-"
+        assert events.index(shard) < events.index(folder)
+        if rank == 0:
+            assert events.index(".metadata") < events.index(folder) < events.index("manifest") < events.index("commit")
+            assert events[-1] == "step_1"  # the folder that holds the manifest

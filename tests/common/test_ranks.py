@@ -210,6 +210,11 @@ def test_restarted_ranks_are_refused_with_the_agents_store(group):
     assert group(1)(ON_RANKS.joins, {"TORCHELASTIC_RESTART_COUNT": "1"}, 60) == [(0, "")]
 
 
+def test_joining_applies_the_network_profile_first(group):
+    """NCCL and Gloo read their variables when the group is made."""
+    assert group(1)(ON_RANKS.variables_at_start, "ethernet") == [{"NCCL_IB_DISABLE": "1", "NCCL_DEBUG": "WARN"}]
+
+
 def rank_0_of_2(port):
     return {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port)}  # fmt: skip

@@ -195,3 +195,21 @@ def test_a_resumed_record_holds_each_step_once(group, tmp_path):
 def test_replicas_are_checked_as_often_as_asked_and_at_the_end(group, tmp_path, every, expected):
     """The last check alone sees what went wrong after the one before it."""
     assert group(2)(ON_RANKS.when_replicas_are_checked, str(tmp_path), every) == [expected] * 2
+
+
+def test_the_file_that_a_job_names_stops_the_run(group, tmp_path):
+    """STOP_FILE, made by the job when Slurm takes the nodes away; the run does not remove it."""
+    (tmp_path / "taken").touch()
+    assert group(2)(ON_RANKS.steps_with_stop_file, str(tmp_path), str(tmp_path / "taken")) == [2, 2]
+    assert (tmp_path / "taken").exists()
+
+
+@pytest.mark.parametrize(("key", "value", "section"), [
+    ("seed", "5", "seed"), ("model.layers", "1", "model"), ("batch.global_size", "12", "batch.global_size"),
+])  # fmt: skip
+def test_settings_that_must_match(group, tmp_path, key, value, section):
+    """With another seed a run would go on with other data."""
+    begin_or_go_on(group, tmp_path, *NAMED, "2")
+    code, message = begin_or_go_on(group, tmp_path, *NAMED, "4", f"--{key}", value)
+    assert code == 2
+    assert f"was made with other settings of {section};" in message

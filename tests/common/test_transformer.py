@@ -16,6 +16,7 @@ from common.transformer import (
     PRESETS,
     KVCache,
     ModelConfig,
+    RMSNorm,
     Transformer,
     causal_attention,
     initial_weight,
@@ -425,6 +426,15 @@ def test_bf16_weights():
     tokens, targets = make_tokens()
     model = Transformer(DENSE).bfloat16()
     assert model(tokens).dtype == torch.bfloat16 and model(tokens, targets).dtype == torch.float32
+
+
+def test_a_norm_of_bf16_activations_keeps_its_fp32_weight():
+    norm = RMSNorm(24, 1e-5)
+    with torch.no_grad():
+        norm.weight.copy_(1 + torch.arange(24) / 1000)  # which bf16 cannot hold
+    hidden = torch.randn(5, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = F.rms_norm(hidden.float(), (24,), norm.weight, 1e-5).bfloat16()
+    assert torch.equal(norm(hidden), expected)
 
 
 # --- mixture of experts -------------------------------------------------------------------------------------------
