@@ -49,12 +49,16 @@ def damage_truncate(folder):
     return ["truncated or changed", shard.name]
 
 
-def damage_flip(folder):
-    shard = sorted(folder.glob("shards-*/__1_*.distcp"))[0]
+def damage_flip(folder, rank=1):
+    shard = sorted(folder.glob(f"shards-*/__{rank}_*.distcp"))[0]
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     return ["checksum", shard.name]
+
+
+def damage_flip_other(folder):
+    return damage_flip(folder, rank=0)  # the files are divided among the ranks that check them
 
 
 def damage_delete(folder):
@@ -84,7 +88,8 @@ def damage_no_manifest(folder):
 
 
 @pytest.mark.parametrize("damage", [
-    damage_truncate, damage_flip, damage_delete, damage_metadata, damage_manifest, damage_foreign, damage_no_manifest,
+    damage_truncate, damage_flip, damage_flip_other, damage_delete, damage_metadata, damage_manifest, damage_foreign,
+    damage_no_manifest,
 ])  # fmt: skip
 def test_damaged(group, tmp_path, damage):
     group(2)(ON_RANKS.train_and_save, str(tmp_path))

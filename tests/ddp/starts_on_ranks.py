@@ -111,13 +111,13 @@ def counted(script: str, arguments: list[str]) -> dict:
 
 @starts_its_own_group
 def minimal_parts(script: str) -> dict:
-    """Run ddp/minimal.py: what it printed, the samples of this rank by epoch, and its weights at the end."""
+    """Run ddp/minimal.py: what it printed, this rank's samples by epoch, its steps, and its weights at the end."""
     import hashlib
 
     import torch
     from torch.utils.data import DistributedSampler
 
-    epochs, weights = [], []
+    epochs, weights = [], [""]
     iterate, step = DistributedSampler.__iter__, torch.optim.AdamW.step
 
     def noting(self):
@@ -131,7 +131,7 @@ def minimal_parts(script: str) -> dict:
         for group in self.param_groups:
             for parameter in group["params"]:
                 state.update(parameter.detach().numpy().tobytes())
-        weights[:] = [state.hexdigest()]
+        weights.append(state.hexdigest())
         return result
 
     DistributedSampler.__iter__, torch.optim.AdamW.step = noting, step_and_note
@@ -139,7 +139,25 @@ def minimal_parts(script: str) -> dict:
         text = printed(script, [])
     finally:
         DistributedSampler.__iter__, torch.optim.AdamW.step = iterate, step
-    return {"printed": text, "epochs": epochs, "weights": weights[0]}
+    return {"printed": text, "epochs": epochs, "steps": len(weights) - 1, "weights": weights[-1]}
+
+
+@starts_its_own_group
+def printed_and_first_text(script: str, arguments: list[str]) -> tuple[str, list[int]]:
+    """What a script prints, and the first tokens that go through this rank's model."""
+    from common.transformer import Transformer
+
+    forward, first = Transformer.forward, []
+
+    def noting(self, tokens, *rest):
+        first.extend(tokens.flatten()[:16].tolist() if not first else [])
+        return forward(self, tokens, *rest)
+
+    Transformer.forward = noting
+    try:
+        return printed(script, arguments), first
+    finally:
+        Transformer.forward = forward
 
 
 @starts_its_own_group

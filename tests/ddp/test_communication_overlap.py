@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from launching import SCRIPTS
+from launching import SCRIPTS, OnRanks
 
 from common.transformer import ModelConfig, Transformer
 
 SCRIPT = "ddp/communication_overlap.py"
+ON_RANKS = OnRanks("tests/ddp/starts_on_ranks.py")
 CAP_MB = 0.1
 SMALL = ["--model.width", "64", "--model.ffn_width", "96", "--model.layers", "3", "--data.sequence_length", "32",
          "--bucket_cap_mb", str(CAP_MB), "--train.steps", "3"]  # fmt: skip
@@ -23,7 +24,9 @@ BY_HAND, ONE, DEFAULT, CAPPED, QUARTER, VIEWS, STATIC, FP16, BF16, POWER_SGD = r
 def two_ranks(tmp_path_factory, group):
     """A run of the script: what all ranks printed, results.json, and the folder."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    printed = group(2)(SCRIPTS.printed, SCRIPT, [*SMALL, "--device", "cpu", "--output", str(folder)])
+    arguments = [*SMALL, "--device", "cpu", "--output", str(folder)]
+    printed, texts = zip(*group(2)(ON_RANKS.printed_and_first_text, SCRIPT, arguments), strict=True)
+    assert texts[0] != texts[1]  # with equal gradients no average would show
     return "".join(printed), json.loads((folder / "results.json").read_text()), folder
 
 

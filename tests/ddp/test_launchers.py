@@ -82,6 +82,7 @@ def test_minimal(group, size):
     assert abs(accuracy * 360 - round(accuracy * 360)) < 0.05  # all 360 test digits, each once
     assert float(lines[0].split()[3]) > 4 * float(lines[-1].split()[3])  # the loss is a mean over the batches
     assert len({rank["weights"] for rank in ranks}) == 1
+    assert [rank["steps"] for rank in ranks] == [10 * (1437 // 48)] * size  # whole global batches, at any world size
     for epochs in zip(*(rank["epochs"] for rank in ranks), strict=True):
         drawn = [index for part in epochs for index in part]
         assert len(set(drawn)) == len(drawn) == 1437 // size * size

@@ -113,3 +113,11 @@ def test_low_precision_trains(group, reference, tmp_path, precision):
     steps = ["--train.steps", "20"]  # so many are needed for the loss to fall by 0.5
     group(2)(SCRIPTS.train, "ddp/train.py", arguments(tmp_path, "low", "--train.precision", precision, *steps))
     assert_trains_in_low_precision(reference(*steps), tmp_path / "low", 2e-2)
+    # What is clipped is the gradient itself, not the scaler's multiple of it.
+    norms = [read_rows(run)[0]["grad_norm"] for run in (reference(*steps), tmp_path / "low")]
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+
+
+def test_accumulation_on_one_process_changes_nothing(reference):
+    options = ["--train.precision", "fp64"]
+    assert_same_training(reference(*options), reference(*options, "--batch.micro_size", "6"))
