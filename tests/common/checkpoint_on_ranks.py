@@ -1,13 +1,11 @@
 """What the ranks of a `group` run for test_checkpoint.py."""
 
-import contextlib
 import hashlib
-import io
 import os
 from pathlib import Path
 
 import torch
-from ranks_on_ranks import here
+from ranks_on_ranks import ended, here
 from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint
@@ -58,17 +56,6 @@ def latest_step(folder):
     ranks = here()
     found = checkpoint.latest(Path(folder)) if ranks.is_main else None
     return ranks.broadcast(found).name
-
-
-def ended(function, *args):
-    """The exit code and the words with which a call ends."""
-    stderr = io.StringIO()
-    with contextlib.redirect_stderr(stderr):
-        try:
-            function(*args)
-        except SystemExit as error:
-            return error.code, stderr.getvalue()
-    return 0, stderr.getvalue()
 
 
 def load_fails(folder, options):
@@ -122,3 +109,26 @@ def wakes_before_the_commit(folder, committed_meanwhile):
     checkpoint.save(Path(folder), 1, model, optimizer, here(), {"by": "second"}, 2, other[0])
     then = checkpoint.load(checkpoint.latest(Path(folder)), model, optimizer, here())["extra"]["by"]
     return end, found, then, len(list((Path(folder) / "step_1").glob("shards-*")))
+
+
+def synced(folder):
+    """What this rank syncs to the disk while it saves, and when the manifest appears, in order."""
+    model, _, optimizer = build()
+    events, fsync, link = [], os.fsync, os.link
+
+    def noting(descriptor):
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        kinds = ("shards-", "manifest", ".metadata")
+        events.append(next((kind for kind in kinds if name.startswith(kind)), name))
+        fsync(descriptor)
+
+    def committing(*args):
+        events.append("commit")
+        link(*args)
+
+    os.fsync, os.link = noting, committing
+    try:
+        checkpoint.save(Path(folder), 1, model, optimizer, here())
+    finally:
+        os.fsync, os.link = fsync, link
+    return events

@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+from common import question_answering
+from common.data import standard_library_files
 from common.question_answering import (
     Question,
     QuestionDataset,
@@ -79,13 +81,18 @@ def test_a_file_that_is_not_json(tmp_path, capsys):
         assert words in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def embedded(tmp_path_factory):
-    """The two embedded sets as files."""
-    folder = tmp_path_factory.mktemp("embedded")
-    for name, part in zip(("train.json", "validation.json"), standard_library_questions(), strict=True):
+@pytest.fixture(scope="module", params=["a part", pytest.param("all", marks=pytest.mark.slow)])
+def embedded(request, tmp_path_factory):
+    """The two embedded sets as files; those of a part of the standard library are made in a second."""
+    folder, files = tmp_path_factory.mktemp("embedded"), standard_library_files()
+    if request.param == "a part":
+        files = [path for number, path in enumerate(files) if number % 8 == 0 or path.name == "textwrap.py"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(question_answering, "standard_library_files", lambda: files)
+        parts = standard_library_questions()
+    for name, part in zip(("train.json", "validation.json"), parts, strict=True):
         (folder / name).write_text(json.dumps(part))
-    return folder
+    return folder, {"a part": 40, "all": 300}[request.param]
 
 
 def test_the_standard_library_asks_about_itself(embedded):
@@ -93,8 +100,9 @@ def test_the_standard_library_asks_about_itself(embedded):
     import inspect
     import textwrap
 
-    sets = [read_questions(str(embedded / name)) for name in ("train.json", "validation.json")]
-    assert len(sets[0]) > 3 * len(sets[1]) > 500
+    folder, least = embedded
+    sets = [read_questions(str(folder / name)) for name in ("train.json", "validation.json")]
+    assert len(sets[0]) > 3 * len(sets[1]) > 3 * least
     assert not {q.context for q in sets[0]} & {q.context for q in sets[1]}
     for part in sets:
         assert 0.1 < sum(not q.answers for q in part) / len(part) < 0.5
@@ -104,12 +112,14 @@ def test_the_standard_library_asks_about_itself(embedded):
 
 
 def test_validation_samples(embedded):
-    paths = str(embedded / "train.json"), str(embedded / "validation.json")
+    folder, least = embedded
+    paths = str(folder / "train.json"), str(folder / "validation.json")
     few = question_sets(QuestionsConfig(*paths, validation_samples=7))[1]
     everything = question_sets(QuestionsConfig(*paths, validation_samples=0))[1]
     assert len(few) == 7
     assert len({q.id for q in few} & {q.id for q in everything}) == 7
-    assert len(everything) > 300
+    assert len(everything) > least
+    assert [q.id for q in few] == [everything[i * len(everything) // 7].id for i in range(7)]  # evenly spread
 
 
 # ---------------------------------------------------------------------------------------------------------- tokens
