@@ -3,12 +3,14 @@
 import contextlib
 import importlib
 import io
+import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from rank_worker import starts_its_own_group
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "collectives"))
@@ -37,6 +39,21 @@ def run(script: str, arguments: list[str]) -> tuple[int, str, str]:
     if dist.is_initialized():
         dist.destroy_process_group()
     return code, out.getvalue(), err.getvalue()
+
+
+@starts_its_own_group
+def drift_under_join() -> tuple[int, str, str]:
+    """data_sharding_demo.py, while a weight of rank 1 moves by itself after every update."""
+    rank = int(os.environ["RANK"])
+
+    def move(optimizer: torch.optim.Optimizer, *_) -> None:
+        optimizer.param_groups[0]["params"][0].data.add_(1e-3 * (rank == 1))
+
+    hook = register_optimizer_step_post_hook(move)
+    try:
+        return run("data_sharding_demo", [])
+    finally:
+        hook.remove()
 
 
 def here() -> Ranks:

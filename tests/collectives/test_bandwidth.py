@@ -14,6 +14,7 @@ import bandwidth
 
 ON_RANKS = OnRanks("tests/collectives/bandwidth_on_ranks.py")
 ALL = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "reduce", "send_recv"]
+slow = pytest.mark.slow
 QUICK = ["--warmup", "1", "--repeats", "2"]
 # By hand, from the table in nccl-tests' doc/PERFORMANCE.md, at 2, 3 and 4 ranks.
 FACTORS = {
@@ -33,7 +34,7 @@ def test_bus_factors():
         assert [bandwidth.bus_factor(collective, n) for n in (2, 3, 4)] == pytest.approx(factors, rel=1e-15)
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(2, "fp32"), (3, "bf16"), (4, "fp64")])
+@pytest.mark.parametrize(("size", "dtype"), [(2, "fp32"), (3, "bf16"), pytest.param(4, "fp64", marks=slow)])
 def test_every_collective_at_every_size(group, tmp_path, size, dtype):
     file, image = tmp_path / "result.json", tmp_path / "result.png"
     options = ["--sizes", "1,1000,8k", "--dtype", dtype, "--json", str(file)]
@@ -66,6 +67,7 @@ def test_the_slowest_rank_counts(group):
     assert group(3)(ON_RANKS.slowest_of) == [[3.0, 30.0, 9.0]] * 3  # rank 2 has 3, 10, 9; rank 0 has 1, 30, 9
 
 
+@slow
 def test_under_torchrun_without_a_word_on_stderr(launch, tmp_path):
     file = tmp_path / "result.json"
     finished = launch("collectives/bandwidth.py", "--sizes", "4K", "--collective", "reduce, all_gather, reduce_scatter",
@@ -136,13 +138,26 @@ def as_srun_starts_it(*arguments, tasks=2):
     return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
 
 
+@slow
 @pytest.mark.parametrize(("minimum", "code"), [("0", 0), ("1e9", 3)])
-def test_gate(minimum, code):
-    options = ["--collective", "all_reduce", "--sizes", "4K,64K", "--minimum_gbytes_per_second", minimum]
-    answers = as_srun_starts_it(*options, *QUICK)
+def test_gate_under_srun(minimum, code):
+    check_gate(as_srun_starts_it(*gate_options(minimum)), code, "srun")
+
+
+@pytest.mark.parametrize(("minimum", "code"), [("0", 0), ("1e9", 3)])
+def test_gate(group, minimum, code):
+    check_gate(group(2)(ON_RANKS.run, gate_options(minimum)), code, "torchrun")
+
+
+def gate_options(minimum):
+    return ["--collective", "all_reduce", "--sizes", "4K,64K", "--minimum_gbytes_per_second", minimum, *QUICK]
+
+
+def check_gate(answers, code, launcher):
+    """All ranks end with the same exit code; the first one says why."""
     assert [answer[0] for answer in answers] == [code, code]
     (_, out, err), (_, other_out, other_err) = answers
-    assert "2 ranks under srun" in out and out.count("all_reduce ") == 2
+    assert f"2 ranks under {launcher}" in out and out.count("all_reduce ") == 2
     lines = [line for line in err.splitlines() if "error" in line]
     if code:
         assert len(lines) == 1
@@ -195,10 +210,10 @@ def test_mistakes_are_one_line_on_every_rank(group, arguments, words):
         assert all(word in line for word in words), line
 
 
-def test_one_process_alone(launch):
-    finished = launch("collectives/bandwidth.py", nproc=0, check=False)
-    (line,) = finished.stderr.strip().splitlines()
-    assert finished.returncode == 2 and "torchrun --nproc-per-node=2" in line
+def test_one_process_alone(group):
+    ((code, out, err),) = group(1)(ON_RANKS.run, [])
+    (line,) = [line for line in err.splitlines() if "error: " in line]
+    assert (code, out) == (2, "") and "torchrun --nproc-per-node=2" in line
 
 
 def test_sizes():

@@ -4,11 +4,13 @@ import re
 from pathlib import Path
 
 import graded
+import pytest
 
 import exercises  # isort: skip  (graded puts tools/ on the path)
 import grading  # isort: skip
 
 (LAB,) = exercises.choose(exercises.find(graded.ROOT, "collectives"), ["lab_deadlock"])
+pytestmark = pytest.mark.slow  # they wait
 HANG_S = 10.0  # the ranks stand still after half a second; no longer, because the test waits all that time
 
 

@@ -1,4 +1,4 @@
-"""What the ranks of a `group` run for the tests of the step scripts: a script as it stands, under the meter."""
+"""What the ranks of a `group` run for the tests of the step scripts: a script under the meter."""
 
 import contextlib
 import functools
@@ -6,6 +6,7 @@ import gc
 import io
 import runpy
 import sys
+import tempfile
 import weakref
 from pathlib import Path
 
@@ -21,8 +22,8 @@ data._embedded_text = functools.cache(data._embedded_text)  # each script reads 
 
 
 @starts_its_own_group
-def metered(script: str) -> tuple[str, bool]:
-    """Run a step script on this rank through step_meter.py.
+def metered(script: str, steps: int) -> tuple[str, bool]:
+    """Run a step script on this rank through step_meter.py, with this number of steps instead of its 12.
 
     Returns what it printed, and whether its process group is still there when what refers to itself is collected.
     """
@@ -32,10 +33,14 @@ def metered(script: str) -> tuple[str, bool]:
         seen.append(weakref.ref(dist.group.WORLD))
         destroy()
 
-    sys.argv = ["step_meter.py", str(ROOT / "from_scratch" / script)]
+    text = (ROOT / "from_scratch" / script).read_text()
+    assert text.count("\nSTEPS, SEED, CLIP = 12, ") == 1
     dist.destroy_process_group = watch_and_destroy
     try:
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(printed), tempfile.TemporaryDirectory() as folder:
+            shorter = Path(folder) / script
+            shorter.write_text(text.replace("\nSTEPS, SEED, CLIP = 12, ", f"\nSTEPS, SEED, CLIP = {steps}, "))
+            sys.argv = ["step_meter.py", str(shorter)]
             runpy.run_path(str(ROOT / "from_scratch" / "step_meter.py"), run_name="__main__")
     finally:
         dist.destroy_process_group = destroy

@@ -1,5 +1,6 @@
 """Fully sharded data parallelism by hand: the training of one process, and in memory what the formula says."""
 
+import itertools
 import math
 import sys
 
@@ -13,10 +14,13 @@ from dp_on_ranks import check
 
 ON_RANKS = OnRanks("tests/from_scratch/zero_on_ranks.py")
 
+# Each strategy at 2 ranks and at 3, where a factor of two would show; accumulation with and without a tied weight.
+QUICK = [(2, 4, True), (3, 1, False), (3, 4, True)]
+CASES = [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow)
+         for case in itertools.product([2, 3, 4], [1, 4], [False, True])]  # fmt: skip
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+
+@pytest.mark.parametrize(("ranks", "accumulation", "tied"), CASES)
 def test_training_is_that_of_one_process(group, ranks, accumulation, tied):
     check(group(ranks)(ON_RANKS.train_fully_sharded, accumulation, {"tied": tied}))
 

@@ -1,11 +1,11 @@
 """Pipeline parallelism by hand: equal to one process, and in exactly the order that the schedule is named for."""
 
 import itertools
-import subprocess
 import sys
 
 import pytest
-from launching import ROOT, OnRanks, clean_environment
+from equality import STEPS
+from launching import ROOT, OnRanks
 
 sys.path.insert(0, str(ROOT / "from_scratch"))
 
@@ -47,11 +47,14 @@ def check_order(logs, schedule, micro_batches, chunks=1):
     return gantt.name_schedule(together), [gantt.peak_in_flight(row) for row in gantt.computed(together).values()]
 
 
-# Twenty steps once a size; three for the other numbers of micro-batches.
-@pytest.mark.parametrize(("micro_batches", "steps"), [(1, 3), (4, 20), (8, 3)])
-@pytest.mark.parametrize("schedule", ["afab", "1f1b"])
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_training_is_that_of_one_process(group, ranks, schedule, micro_batches, steps):
+QUICK = [(2, "1f1b", 1), (2, "1f1b", 8), (3, "1f1b", 4), (3, "afab", 8), (4, "1f1b", 8), (2, "afab", 4)]
+PLAIN = [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow)
+         for case in itertools.product([2, 3, 4], ["afab", "1f1b"], [1, 4, 8])]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ranks", "schedule", "micro_batches"), PLAIN)
+def test_training_is_that_of_one_process(group, ranks, schedule, micro_batches):
+    steps = STEPS if micro_batches == 4 else 3
     logs = check(group(ranks)(ON_RANKS.train, schedule, micro_batches, 1, {"layers": 4}, steps))
     name, peaks = check_order(logs, schedule, micro_batches)
     if schedule == "afab":
@@ -65,12 +68,12 @@ def test_training_is_that_of_one_process(group, ranks, schedule, micro_batches, 
 
 
 @pytest.mark.parametrize(("ranks", "micro_batches", "chunks", "changes", "steps"), [
-    (2, 4, 2, {"layers": 4, "tied": True}, 20),
+    (2, 4, 2, {"layers": 4, "tied": True}, STEPS),
     (2, 8, 4, EIGHT, 3),
-    (3, 3, 2, EIGHT, 3),
+    pytest.param(3, 3, 2, EIGHT, 3, marks=pytest.mark.slow),
     (3, 6, 2, {"layers": 6}, 3),
-    (4, 4, 2, EIGHT, 3),
-    (4, 8, 2, EIGHT, 3),
+    pytest.param(4, 4, 2, EIGHT, 3, marks=pytest.mark.slow),
+    pytest.param(4, 8, 2, EIGHT, 3, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_interleaved(group, ranks, micro_batches, chunks, changes, steps):
     logs = check(group(ranks)(ON_RANKS.train, "interleaved", micro_batches, chunks, changes, steps))
@@ -84,7 +87,7 @@ def test_tied_embedding_and_uneven_layers(group, ranks):
     """The tied weight lives on the first and the last stage, with one gradient; layers go where the caller says."""
     ends = {2: [0, 1, 4], 4: [0, 1, 3, 4, 5]}[ranks]
     layers = [range(a, b) for a, b in itertools.pairwise(ends)]
-    answers = group(ranks)(ON_RANKS.train, "1f1b", 4, 1, {"layers": ends[-1], "tied": True}, 20, layers)
+    answers = group(ranks)(ON_RANKS.train, "1f1b", 4, 1, {"layers": ends[-1], "tied": True}, STEPS, layers)
     assert [seen["layers"] for seen, _ in answers] == [len(part) for part in layers]
     check(answers)
 
@@ -127,15 +130,12 @@ def test_every_schedule_runs_to_its_end_with_the_ideal_bubble():
                 assert gantt.bubble(events) == pytest.approx(wanted, abs=1e-12)
 
 
-def test_a_chart_is_named_for_what_it_shows(group, tmp_path):
+def test_a_chart_is_named_for_what_it_shows(group, monkeypatch, capsys, tmp_path):
     """Recorded from 1F1B, in a folder that says afab; its second step is shown."""
     group(3)(ON_RANKS.write_log, "1f1b", str(tmp_path / "afab"))
-    finished = subprocess.run(
-        [sys.executable, "from_scratch/gantt.py", tmp_path / "afab", "--out", tmp_path / "chart.png"],
-        cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
-    lines = finished.stdout.splitlines()
+    monkeypatch.setattr(sys, "argv", ["gantt.py", str(tmp_path / "afab"), "--out", str(tmp_path / "chart.png")])
+    gantt.main()
+    lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["1F1B: 3 ranks, 4 micro-batches", "in flight at most, by rank: 3, 2, 1"]
     assert lines[2].startswith("bubble ") and lines[2].endswith("(ideal 33.3%)")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")

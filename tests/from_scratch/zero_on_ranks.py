@@ -1,5 +1,6 @@
 """What the ranks of a `group` run for the tests of sharded optimizers and of fully sharded data parallelism."""
 
+import copy
 import inspect
 from contextlib import nullcontext
 
@@ -42,7 +43,7 @@ def whole_gradients(named, shards) -> dict[str, torch.Tensor]:
 
 
 def train_sharded_optimizer(stage: int, accumulation: int, options: dict) -> dict:
-    """Twenty steps; another seed on every rank, of which the first one's counts."""
+    """Some steps; another seed on every rank, of which the first one's counts."""
     options = dict(options)
     dtype, name = options.pop("dtype", torch.float64), options.pop("name", "adamw")
     model = Transformer(small(**options), seed=1 + dist.get_rank()).to(dtype)
@@ -158,7 +159,7 @@ def save(steps: int) -> tuple[dict, dict]:
 
 
 def resume(state: tuple[dict, dict], first: int, last: int) -> tuple[dict, dict]:
-    model, sharded = zero_for(99, state)
+    model, sharded = zero_for(99, copy.deepcopy(state))  # it came in memory that the ranks share, step counters too
     for step in range(first, last):
         _one_step(model, sharded, step)
     return model.state_dict(), sharded.state_dict()
@@ -241,7 +242,7 @@ def whole_by_name(model: nn.Module, gradients: bool) -> dict[str, torch.Tensor]:
 
 
 def train_fully_sharded(accumulation: int, options: dict) -> dict:
-    """Twenty steps; another seed on every rank, of which the first one's counts."""
+    """Some steps; another seed on every rank, of which the first one's counts."""
     options = dict(options)
     dtype, name = options.pop("dtype", torch.float64), options.pop("name", "adamw")
     reshard, checkpointing = options.pop("reshard", True), options.pop("checkpointing", False)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
+from ended_together import wait_for_all
 from own_folder import own_folder
 from rank_worker import starts_its_own_group
 
@@ -32,6 +33,7 @@ def ends(script: str, arguments: list[str]) -> tuple[int, str]:
         except SystemExit as ended:
             code = ended.code
     if dist.is_initialized():
+        wait_for_all()
         dist.destroy_process_group()
     return code, stderr.getvalue()
 
