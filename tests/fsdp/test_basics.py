@@ -18,8 +18,14 @@ def read_table(output: str) -> dict[str, list[int]]:
     return {moment.strip(): [int(value.replace(",", "")) for value in values.split()] for moment, values in rows}
 
 
-@pytest.mark.parametrize("options", [[], ["--model.tied", "true"], ["--model.layers", "1"]], ids=" ".join)
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize(("ranks", "options"), [
+    (2, ["--model.tied", "true"]),
+    (3, []),
+    (3, ["--model.layers", "1"]),
+    *(pytest.param(*rest, marks=pytest.mark.slow) for rest in (
+        (2, []), (2, ["--model.layers", "1"]), (3, ["--model.tied", "true"]),
+        (4, []), (4, ["--model.tied", "true"]), (4, ["--model.layers", "1"]))),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
 def test_every_byte_is_as_predicted(group, ranks, options):
     """The script compares every number itself; padding at 3 and 4 ranks, a tied head, one block that is both ends."""
     for code, text in group(ranks)(SCRIPTS.ends, SCRIPT, [*SMALL, *options]):
@@ -27,9 +33,9 @@ def test_every_byte_is_as_predicted(group, ranks, options):
         assert "error: " not in text
 
 
-def test_the_table_in_numbers_of_its_own(launch):
+def test_the_table_in_numbers_of_its_own(group):
     """Bytes worked out here, from the shapes alone, not by the script's formula; two ranks divide everything."""
-    output = launch(SCRIPT, *SMALL, nproc=2).stdout
+    output = group(2)(SCRIPTS.printed, SCRIPT, SMALL)[0]
     table = read_table(output)
     root, everything = 2 * EMBEDDING + NORM, 2 * EMBEDDING + NORM + 3 * BLOCK
     # columns: shards, whole (FULL_SHARD, SHARD_GRAD_OP), gradient shards, whole gradients, AdamW, in transit
@@ -49,15 +55,15 @@ def test_the_table_in_numbers_of_its_own(launch):
     assert "Every byte and every collective is as the formula says, on all ranks." in output
 
 
-def test_hybrid(launch):
+def test_hybrid(group):
     """Two copies on four ranks: each rank holds what it would on two, and all-reduces a shard of each unit."""
-    output = launch(SCRIPT, *SMALL, "--fsdp.replicate", "2", nproc=4).stdout
+    output = group(4)(SCRIPTS.printed, SCRIPT, [*SMALL, "--fsdp.replicate", "2"])[0]
     assert read_table(output)["after sharding"][0] == (2 * EMBEDDING + NORM + 3 * BLOCK) // 2
     assert "FULL_SHARD: 7 all-gathers (1 + 2 × 3 blocks), 4 reduce-scatters (1 + 3), 4 all-reduces" in output
 
 
-def test_one_strategy_alone(launch):
-    output = launch(SCRIPT, *SMALL, "--fsdp.reshard_after_forward", "false", nproc=2).stdout
+def test_one_strategy_alone(group):
+    output = group(2)(SCRIPTS.printed, SCRIPT, [*SMALL, "--fsdp.reshard_after_forward", "false"])[0]
     assert "SHARD_GRAD_OP: 4 all-gathers" in output
     assert "FULL_SHARD: 7" not in output
 
@@ -106,7 +112,7 @@ def test_mistakes_end_in_one_line(group, arguments, words):
         assert text.count("error: ") == 1, text
 
 
-def test_one_process_is_told_how_to_start_several(launch):
-    ended = launch(SCRIPT, nproc=0, check=False)
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("error: one process has nobody to share with; use torchrun")
+def test_one_process_is_told_how_to_start_several(group):
+    [(code, text)] = group(1)(SCRIPTS.ends, SCRIPT, [])
+    assert code == 2
+    assert text.startswith("error: one process has nobody to share with; use torchrun")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from equality import largest_difference, read_checkpoint
+from equality import STEPS, largest_difference, read_checkpoint
 from launching import SCRIPTS, OnRanks
 from safetensors.torch import load_file
 
@@ -22,7 +22,6 @@ from finetune_on_ranks import double_norms
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "fsdp/finetune.py"
 ON_RANKS = OnRanks("tests/fsdp/finetune_on_ranks.py")
-STEPS = 20
 LORA = ["--lora.rank", "3", "--lora.alpha", "6"]
 OPTIMIZER = OptimizerConfig(lr=0.02, warmup_steps=3)
 
@@ -181,12 +180,20 @@ def test_one_rank_is_the_plain_loop(one, reference, lora):
         for name, value in b.items():
             assert abs(a[name] - value) <= (1e-11 if name == "grad_norm" else 1e-12), (name, a, b)
     assert largest_difference(weights(run), final) <= 1e-12
-    assert expected[-2]["loss"] < expected[0]["loss"] - 1  # it learned something: equal is not zero
+    assert expected[-2]["loss"] < expected[0]["loss"] - (
+        1 if STEPS == 20 else 0.1
+    )  # it learned something: equal is not zero
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("ranks", "accumulation", "lora"), [
+    (2, 4, False),
+    (3, 1, False),
+    (2, 1, True),
+    (3, 4, True),
+    *(pytest.param(*rest, marks=pytest.mark.slow) for rest in (
+        (2, 1, False), (3, 4, False), (2, 4, True), (3, 1, True),
+        (4, 1, False), (4, 4, False), (4, 1, True), (4, 4, True))),
+])  # fmt: skip
 def test_fp64_is_the_proof(group, one, places, tmp_path, ranks, accumulation, lora):
     """3 divides neither the width nor LoRA's rank evenly among ranks: some shards are padded, some empty."""
     options = LORA if lora else []
@@ -207,7 +214,10 @@ def test_every_option(group, one, places, tmp_path, options):
     assert_same(one(*(LORA if LORA[0] in options else [])), tmp_path / "many")
 
 
-@pytest.mark.parametrize("options", [[], ["--lora.rank", "2", "--lora.targets", "[c_attn]"]], ids=["full", "lora"])
+@pytest.mark.parametrize("options", [
+    [],
+    pytest.param(["--lora.rank", "2", "--lora.targets", "[c_attn]"], marks=pytest.mark.slow),
+], ids=["full", "lora"])  # fmt: skip
 def test_another_architecture(group, one, places, tmp_path, options):
     """GPT-2: other names, learned positions, a beginning token, dropout at 0.
 
@@ -229,12 +239,12 @@ def test_the_random_model_is_the_same_on_any_ranks(group, places, tmp_path):
 
 def test_bf16_trains(group, one, places, tmp_path):
     """The policy computes in bf16: 3e-2 is some twenty roundings of 2^-9 of a loss of 5; weights stay in fp32."""
-    options = ["--train.precision", "bf16", "--train.activation_checkpointing", "true"]
+    options = ["--train.precision", "bf16", "--train.activation_checkpointing", "true", "--train.steps", "20"]
     group(2)(ON_RANKS.train, arguments(places, tmp_path, "low", *options))
     low, exact = rows(tmp_path / "low"), rows(one())
     assert 0 < abs(low[0]["loss"] - exact[0]["loss"]) < 3e-2
     assert low[-2]["loss"] < low[0]["loss"] - 1
-    assert {tensor.dtype for tensor in weights(tmp_path / "low").values()} == {torch.float32}
+    assert {tensor.dtype for tensor in weights(tmp_path / "low", 20).values()} == {torch.float32}
 
 
 def test_frozen_weights_stay_and_are_not_saved(one):
@@ -346,8 +356,8 @@ def test_every_question_is_answered_once(group, places, tmp_path):
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_resume_on_other_ranks(group, one, places, tmp_path, lora):
     options = LORA if lora else []
-    group(2)(ON_RANKS.train_until, arguments(places, tmp_path, "many", *options), 10)
-    assert len(rows(tmp_path / "many")) == 10
+    group(2)(ON_RANKS.train_until, arguments(places, tmp_path, "many", *options), STEPS // 2)
+    assert len(rows(tmp_path / "many")) == STEPS // 2
     group(3)(ON_RANKS.train, arguments(places, tmp_path, "many", *options))
     assert_same(one(*options), tmp_path / "many")
 

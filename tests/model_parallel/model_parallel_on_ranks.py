@@ -5,6 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import scripts_on_ranks
 import torch
 import torch.distributed as dist
 from own_folder import own_folder
@@ -14,10 +15,6 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor, Replicate, distribute_module, distribute_tensor, parallel
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ParallelStyle, loss_parallel
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "ddp"))
-
-import cases
 
 from common.transformer import ModelConfig, Transformer, initial_weight
 
@@ -61,7 +58,7 @@ def ends_with_replicated_norms(arguments: list[str]) -> tuple[int, str]:
     right = parallel.SequenceParallel
     parallel.SequenceParallel = Replicated
     try:
-        return cases.ends("model_parallel/tensor_parallel.py", arguments)
+        return scripts_on_ranks.ends("model_parallel/tensor_parallel.py", arguments)
     finally:
         parallel.SequenceParallel = right
 
