@@ -102,6 +102,31 @@ def test_loads_at_any_number_of_ranks(group, saved, ranks):
     assert sum(mine) == 4 * 3 * sum(tensor.numel() for tensor in weights_of(folder).values())
 
 
+def test_copies_are_no_matter_of_the_next_run(group, tmp_path):
+    """Saved by two copies of the model, loaded by 3 ranks, which cannot hold two."""
+    folder = str(tmp_path / "run")
+    group(2)(SCRIPTS.train, SCRIPT, ["save", "--output", folder, *MODEL, "--fsdp.replicate", "2"])
+    output = group(3)(SCRIPTS.printed, SCRIPT, ["load", folder])[0]
+    assert f"weights {fingerprint(weights_of(tmp_path / 'run'))}\n" in output
+
+
+def test_a_wrong_asynchronous_checkpoint_is_noticed(group, tmp_path):
+    """Where nothing is read back, what is compared at the end is the state of the steps after it."""
+    broken = tmp_path / "broken.py"
+    broken.write_text(
+        "import sys\n"
+        "sys.path.insert(0, 'fsdp')\n"
+        "import checkpoint as lesson\n"
+        "load, lesson.dcp.load = lesson.dcp.load, lambda state, **options: None\n"
+        "try:\n"
+        "    lesson.main()\n"
+        "finally:\n"
+        "    lesson.dcp.load = load\n"
+    )
+    for message, _ in group(2)(SCRIPTS.ends, str(broken), ["save", "--output", str(tmp_path / "run"), *MODEL]):
+        assert "error: the asynchronous checkpoint holds" in message
+
+
 def test_the_fingerprint_tells_weights_apart(group, saved, tmp_path):
     output = group(2)(SCRIPTS.printed, SCRIPT, ["save", "--output", str(tmp_path / "other"), *MODEL, "--seed", "5"])[0]
     assert fingerprint(weights_of(tmp_path / "other")) in output

@@ -10,6 +10,7 @@ from launching import OnRanks
 
 from common.transformer import ModelConfig, Transformer
 
+ON_RANKS = OnRanks("tests/fsdp/fsdp_on_ranks.py")
 TRAFFIC = OnRanks("tests/support/traffic.py")
 LAYERS = 2
 
@@ -57,3 +58,29 @@ def test_messages_of_a_step(group, tmp_path, ranks, options):
     arguments = [*SMALL, "--train.steps", "2", "--batch.global_size", "48", *options, *places]
     for steps in group(ranks)(TRAFFIC.of_steps, "fsdp/train.py", arguments):
         assert [Counter(messages) for messages in steps] == [expected] * 2
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_activation_checkpointing_computes_twice(group, tmp_path, checkpointing):
+    """In two steps of two micro-batches; torch checkpoints without a graph first, and with one in backward."""
+    options = ["--batch.micro_size", "12", "--train.activation_checkpointing", str(checkpointing).lower()]
+    arguments = [*SMALL, "--train.steps", "2", "--batch.global_size", "48", *options, "--runs_dir", str(tmp_path)]
+    count = 2 * 2 * LAYERS * (2 if checkpointing else 1)
+    assert group(2)(TRAFFIC.attentions, "fsdp/train.py", [*arguments, "--run_name", "run"]) == [count] * 2
+
+
+def test_what_is_gathered_ahead(group):
+    """Blocks are told of the next ones, the nearest first, in the order in which they will be needed."""
+    forward = {0: [1, 2], 1: [2, 3], 2: [3], 3: []}
+    backward = {0: [], 1: [0], 2: [1, 0], 3: [2, 1]}
+    assert group(1)(ON_RANKS.prefetched, 4, 2) == [(forward, backward)]
+    assert group(1)(ON_RANKS.prefetched, 4, 0) == [({}, {})]
+
+
+@pytest.mark.parametrize(("precision", "gathered", "summed"), [
+    ("fp32", None, None), ("fp64", None, None), ("bf16", "bfloat16", "float32"), ("fp16", "float16", "float32"),
+])  # fmt: skip
+def test_policies(group, precision, gathered, summed):
+    """Inputs are never cast: rotary angles would lose their precision. Off-loading is a policy, too."""
+    for offload, kind in (False, "OffloadPolicy"), (True, "CPUOffloadPolicy"):
+        assert group(2)(ON_RANKS.policies, precision, offload) == [(gathered, summed, False, kind)] * 2

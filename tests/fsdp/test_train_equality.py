@@ -85,7 +85,11 @@ def test_low_precision_trains(group, single_device, tmp_path, precision):
     )[0]
     low = {"bf16": "bfloat16", "fp16": "float16"}[precision]
     assert f"units in float32, gathered and computed with in {low}, gradients summed in float32" in printed
-    assert_trains_in_low_precision(single_device(*BASE), tmp_path / "low")
+    one = single_device(*BASE)
+    assert_trains_in_low_precision(one, tmp_path / "low")
+    # Without the scaler's factor, in the first step that it did not skip.
+    norm = next(row["grad_norm"] for row in read_rows(tmp_path / "low") if row["grad_norm"] is not None)
+    assert 0.7 < norm / read_rows(one)[0]["grad_norm"] < 1.4
 
 
 def test_fp16_goes_on_with_its_scale(group, tmp_path):

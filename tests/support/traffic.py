@@ -50,6 +50,26 @@ def group_size(args: tuple) -> int:
 
 
 @starts_its_own_group
+def attentions(script: str, arguments: list[str]) -> int:
+    """Run the script; how often an attention computed so that backward can follow, recomputations included."""
+    from common.transformer import Attention
+
+    forward, count = Attention.forward, 0
+
+    def counted(self, *rest, **options):
+        nonlocal count
+        count += torch.is_grad_enabled()
+        return forward(self, *rest, **options)
+
+    Attention.forward = counted
+    try:
+        scripts_on_ranks.train(script, arguments)
+    finally:
+        Attention.forward = forward
+    return count
+
+
+@starts_its_own_group
 def of_steps(script: str, arguments: list[str]) -> list[list[Message]]:
     """Run the script; the messages of each step on this rank, the sum of the logged loss included."""
     from common.run import Run
