@@ -7,6 +7,7 @@ import pytest
 from equality import SMALL, largest_difference, read_checkpoint, read_rows
 from launching import SCRIPTS, OnRanks
 
+ON_RANKS = OnRanks("tests/model_parallel/model_parallel_on_ranks.py")
 TRAFFIC = OnRanks("tests/support/traffic.py")
 FOLDER = "model_parallel"
 # Width 48, 12 heads, vocabulary 264, two layers: 2 divides everything, so no shard is padded.
@@ -140,3 +141,34 @@ def test_fp16_goes_on_with_its_scale(group, tmp_path, script):
     assert scalers[0]["_growth_tracker"] > 2 or scalers[0]["scale"] < 65536, "the start's state would pass as well"
     assert largest_difference(*(read_checkpoint(tmp_path / name, 4) for name in ("all", "cut"))) == 0
     assert [row["loss"] for row in read_rows(tmp_path / "all")] == [row["loss"] for row in read_rows(tmp_path / "cut")]
+
+
+@pytest.mark.parametrize(("script", "options", "more"), [
+    ("tensor_parallel", ["--batch.micro_size", "24"], [4, 4]),
+    ("context_parallel", ["--batch.micro_size", "24"], [4, 4]),
+    ("expert_parallel", ["--batch.micro_size", "12", "--model.preset", "tiny_moe"], [4, 4]),
+    ("pipeline_parallel", ["--batch.micro_size", "24"], [2, 3]),
+    ("hybrid_parallel", ["--batch.micro_size", "24", "--mesh.tp", "1"], [2, 3]),
+], ids=lambda value: value if isinstance(value, str) else None)  # fmt: skip
+def test_activation_checkpointing_computes_twice(group, tmp_path, script, options, more):
+    """Each attention of two micro-batches again in backward; a pipeline's last stage is tried once before the first."""
+    given = [*SMALL, *EVEN, "--train.steps", "1", "--batch.global_size", str(BATCH), *options]
+    counts = []
+    for name, value in ("off", "false"), ("on", "true"):
+        places = ["--runs_dir", str(tmp_path), "--run_name", name, "--train.activation_checkpointing", value]
+        counts.append(group(2)(TRAFFIC.attentions, f"{FOLDER}/{script}.py", [*given, *places]))
+    assert [twice - once for once, twice in zip(*counts, strict=True)] == more
+
+
+@pytest.mark.parametrize(("precision", "gathered", "summed"), [
+    ("fp32", None, None), ("fp64", None, None), ("bf16", "bfloat16", "float32"), ("fp16", "float16", "float32"),
+])  # fmt: skip
+def test_policies(group, precision, gathered, summed):
+    """Inputs are never cast: rotary angles would lose their precision."""
+    assert group(2)(ON_RANKS.policies, precision) == [(gathered, summed, False)] * 2
+
+
+def test_those_who_talk_most_are_neighbors(group):
+    """Ranks of one tensor, context or expert group follow each other, so that they share a node."""
+    square, line = [[0, 1], [2, 3]], [[[0, 1]], [[2, 3]]]
+    assert group(4)(ON_RANKS.meshes) == [{"tensor": square, "context": square, "expert": square, "hybrid": line}] * 4
