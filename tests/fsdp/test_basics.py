@@ -89,6 +89,7 @@ def test_the_script_fails_when_it_finds_something_else(group, tmp_path, mistake,
     broken.write_text(
         "import sys\n"
         "sys.path.insert(0, 'fsdp')\n"
+        "sys.modules.pop('basics', None)\n"  # with the mistake of the test before
         "import basics as lesson\n"
         "from torch.distributed.fsdp import fully_shard as torch_fully_shard\n"
         f"{mistake}\n"

@@ -116,6 +116,7 @@ def test_a_wrong_asynchronous_checkpoint_is_noticed(group, tmp_path):
     broken.write_text(
         "import sys\n"
         "sys.path.insert(0, 'fsdp')\n"
+        "sys.modules.pop('checkpoint', None)\n"
         "import checkpoint as lesson\n"
         "load, lesson.dcp.load = lesson.dcp.load, lambda state, **options: None\n"
         "try:\n"

@@ -73,11 +73,8 @@ def test_first_gradients_in_fp32(group, single_device, tmp_path):
 
 def test_bf16_trains(group, single_device, tmp_path):
     """The policy casts whole blocks where autocast casts operations: losses are close, not equal."""
-    group(4)(
-        SCRIPTS.train,
-        SCRIPT,
-        arguments(tmp_path, "low", "--train.precision", "bf16", "--train.steps", "20", "--batch.micro_size", "12"),
-    )
+    options = ["--train.precision", "bf16", "--train.steps", "20", "--batch.micro_size", "12"]
+    group(4)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "low", *options))
     assert_trains_in_low_precision(single_device(*BASE), tmp_path / "low")
 
 
