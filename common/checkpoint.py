@@ -11,6 +11,7 @@ node may see the rename before the data; here each rank syncs its files before t
 manifest after it. DCP's `.metadata` is a pickle: only files whose checksums stand in the manifest are loaded.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -113,6 +114,18 @@ def _is_current(folder: Path, attempt: str | None) -> bool:
     return attempt is None or (folder / "attempt").read_text() == attempt
 
 
+def _taken_over(folder: Path) -> str:
+    return f"another attempt has taken over {folder}; this one ends, and leaves the checkpoints to it"
+
+
+def _why_it_failed(folder: Path, attempt: str | None, found: str) -> str:
+    """Return `found`, unless another attempt has taken over: that one removes what this one was writing."""
+    with contextlib.suppress(OSError):
+        if not _is_current(folder, attempt):
+            return _taken_over(folder)
+    return f"{found}; earlier checkpoints are untouched"
+
+
 def save(
     folder: Path,
     step: int,
@@ -130,7 +143,7 @@ def save(
             its kind.
         extra: small JSON values that travel along (a gradient scaler's state, say).
         keep: older committed checkpoints beyond this many are removed, after the new one is committed.
-        attempt: on rank 0, what `claim` returned: nothing is committed, or removed, once another attempt has claimed.
+        attempt: what `claim` returned on rank 0: nothing is committed, or removed, once another attempt has claimed.
 
     Raises:
         SystemExit: (exit code 2, on all ranks) the files could not be written, or a newer attempt has taken over;
@@ -152,7 +165,7 @@ def save(
         files = {path.name: checksum(path) for pattern in mine for path in sorted(shards.glob(pattern))}
         _sync_folder(shards)
     except (OSError, dcp.CheckpointException) as error:
-        problem = f"checkpoint {target} could not be written: {error}; earlier checkpoints are untouched"
+        problem = _why_it_failed(folder, attempt, f"checkpoint {target} could not be written: {error}")
     ranks.fail_together(problem)
     everything = {name: entry for part in ranks.all_gather(files) for name, entry in part.items()}
     shapes = _shapes(state, ranks)
@@ -186,9 +199,9 @@ def save(
             if _is_current(folder, attempt):
                 _remove_old(folder, target, keep)
             else:
-                problem = f"another attempt has taken over {folder}; this one ends, and leaves the checkpoints to it"
+                problem = _taken_over(folder)
         except OSError as error:
-            problem = f"checkpoint {target} could not be committed: {error}; earlier checkpoints are untouched"
+            problem = _why_it_failed(folder, attempt, f"checkpoint {target} could not be committed: {error}")
     ranks.fail_together(problem)
     return target
 

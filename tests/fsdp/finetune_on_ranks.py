@@ -6,12 +6,9 @@ import io
 import sys
 from pathlib import Path
 
-from rank_worker import starts_its_own_group
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "ddp"))
-
-import cases
+import scripts_on_ranks
 from own_folder import own_folder
+from rank_worker import starts_its_own_group
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "fsdp/finetune.py"
@@ -38,7 +35,7 @@ def double_norms():
 def train(arguments: list[str]) -> None:
     """Run the script on this rank."""
     with double_norms():
-        cases.train(SCRIPT, arguments)
+        scripts_on_ranks.train(SCRIPT, arguments)
 
 
 @starts_its_own_group
@@ -54,7 +51,7 @@ def printed(arguments: list[str]) -> str:
 def train_until(arguments: list[str], steps: int) -> None:
     """Run the script, and tell it to stop when `steps` steps are done."""
     with double_norms():
-        cases.train_until(SCRIPT, arguments, steps)
+        scripts_on_ranks.train_until(SCRIPT, arguments, steps)
 
 
 @starts_its_own_group
@@ -87,7 +84,7 @@ def ends_without(package: str, arguments: list[str]) -> tuple[int, str]:
     kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == package}
     sys.modules[package] = None
     try:
-        return cases.ends(SCRIPT, arguments)
+        return scripts_on_ranks.ends(SCRIPT, arguments)
     finally:
         del sys.modules[package]
         sys.modules.update(kept)

@@ -1,0 +1,68 @@
+"""What the ranks of a `group` run for the tests of fsdp/train.py."""
+
+import os
+import runpy
+from pathlib import Path
+
+import scripts_on_ranks
+from own_folder import own_folder
+from rank_worker import starts_its_own_group
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def settings() -> dict:
+    """Return the names of fsdp/settings.py."""
+    script = ROOT / "fsdp" / "settings.py"
+    with own_folder(script):
+        return runpy.run_path(str(script))
+
+
+@starts_its_own_group
+def ends_with(variables: dict[str, str], script: str, arguments: list[str]) -> tuple[int, str]:
+    """Return how a script ends that finds these environment variables: exit code, and what it wrote to stderr."""
+    assert not variables.keys() & os.environ.keys()
+    os.environ.update(variables)
+    try:
+        return scripts_on_ranks.ends(script, arguments)
+    finally:
+        for name in variables:
+            del os.environ[name]
+
+
+def prefetched(count: int, ahead: int) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+    """Return which of `count` blocks `set_prefetch` names to each block, for forward and for backward."""
+    forward, backward = {}, {}
+
+    class Block:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def set_modules_to_forward_prefetch(self, blocks):
+            forward[self.number] = [block.number for block in blocks]
+
+        def set_modules_to_backward_prefetch(self, blocks):
+            backward[self.number] = [block.number for block in blocks]
+
+    settings()["set_prefetch"]([Block(number) for number in range(count)], ahead)
+    return forward, backward
+
+
+def policies(precision: str, offload: bool) -> tuple[str | None, str | None, bool, str]:
+    """Return the dtypes to gather and to add in, whether inputs are cast, and the kind of off-loading."""
+    import torch
+    import torch.distributed as dist
+
+    from common.ranks import Ranks
+
+    lesson = settings()
+    config = lesson["ShardedConfig"](fsdp=lesson["FsdpConfig"](cpu_offload=offload))
+    config.train.precision = precision
+    rank, size = dist.get_rank(), dist.get_world_size()
+    ranks = Ranks(rank, size, rank, size, "torchrun", torch.device("cpu"))
+    _, options = lesson["mesh_and_settings"](config, ranks)
+    policy, kind = options["mp_policy"], type(options["offload_policy"]).__name__
+    names = (
+        str(dtype).removeprefix("torch.") if dtype else None for dtype in (policy.param_dtype, policy.reduce_dtype)
+    )
+    return *names, policy.cast_forward_inputs, kind
