@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import fork_server
 import plugin_rooms
 import pytest
 from launching import SCRIPTS, Groups, run_command
@@ -21,6 +22,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # ranks share the cores; more threads than 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the plugin that counts what ran in each room."""
     config.pluginmanager.register(plugin_rooms.Rooms(config), "rooms")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Tell the process that ranks are forked from which folders' tests will run: it imports what their scripts need."""
+    fork_server.rooms.update(plugin_rooms.room_of(item.nodeid) for item in session.items)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

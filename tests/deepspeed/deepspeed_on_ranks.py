@@ -6,10 +6,13 @@ from collections import Counter
 import scripts_on_ranks
 import torch
 from rank_worker import starts_its_own_group
+from variables import PLAIN_PYTHON, variables, without_package
 
 
 def forget_groups() -> None:
     """DeepSpeed keeps process groups in module variables; those of the script before are gone. Only tests need this."""
+    if engine := sys.modules.get("deepspeed.inference.engine"):
+        engine.InferenceEngine.inference_mp_group = None
     if "deepspeed.comm.comm" in sys.modules:
         from deepspeed.utils import groups
 
@@ -34,10 +37,45 @@ def train_until(script: str, arguments: list[str], steps: int) -> None:
 
 
 @starts_its_own_group
-def ends(script: str, arguments: list[str]) -> tuple[int, str]:
+def printed(script: str, arguments: list[str], changes: dict[str, str | None] | None = None) -> str:
+    """The same, with some environment variables changed; what it printed."""
+    forget_groups()
+    with variables(changes or {}):
+        return scripts_on_ranks.printed(script, arguments)
+
+
+@starts_its_own_group
+def by_plain_python(script: str, arguments: list[str]) -> str:
+    """The same on a single rank without a launcher: no variable gives a rank. What it printed."""
+    return printed(script, arguments, PLAIN_PYTHON)
+
+
+@starts_its_own_group
+def ends(script: str, arguments: list[str], changes: dict[str, str | None] | None = None) -> tuple[int, str]:
     """The same for a script that must end with a message: its exit code and that message."""
     forget_groups()
-    return scripts_on_ranks.ends(script, arguments)
+    with variables(changes or {}):
+        return scripts_on_ranks.ends(script, arguments)
+
+
+@starts_its_own_group
+def ends_with_another_accelerator(script: str, arguments: list[str]) -> tuple[int, str]:
+    """The same where DeepSpeed has chosen CUDA when it was imported."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    accelerator.device_name = lambda index=None: "cuda"
+    try:
+        return ends(script, arguments)
+    finally:
+        del accelerator.device_name
+
+
+@starts_its_own_group
+def ends_without_the_package(script: str) -> tuple[int, str]:
+    """The same where the package deepspeed is not installed."""
+    with without_package("deepspeed"):
+        return ends(script, [], PLAIN_PYTHON)
 
 
 @starts_its_own_group

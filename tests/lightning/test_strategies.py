@@ -135,13 +135,14 @@ def test_deepspeed_where_lightning_lets_it_run(launch, single_device, tmp_path):
     assert again.stderr.count("error: ") >= 1 and len(read_rows(tmp_path / "runs" / "many")) == 6
 
 
+@slow
 @slurm
 @pytest.mark.parametrize(("config", "sbatch", "world_size", "hosts"), [
     ("fsdp", ["lightning/multi_node.sbatch"], 4, ["node1", "node2"]),
-    pytest.param("single_device", ["--ntasks-per-node=1", "lightning/single_node.sbatch"], 1, ["node1"], marks=slow),
-    pytest.param("mixed_precision", ["--ntasks-per-node=1", "lightning/single_node.sbatch"], 1, ["node1"], marks=slow),
-    pytest.param("ddp", ["lightning/single_node.sbatch"], 2, ["node1"], marks=slow),
-    pytest.param("tensor_parallel", ["--ntasks-per-node=4", "lightning/single_node.sbatch"], 4, ["node1"], marks=slow),
+    ("single_device", ["--ntasks-per-node=1", "lightning/single_node.sbatch"], 1, ["node1"]),
+    ("mixed_precision", ["--ntasks-per-node=1", "lightning/single_node.sbatch"], 1, ["node1"]),
+    ("ddp", ["lightning/single_node.sbatch"], 2, ["node1"]),
+    ("tensor_parallel", ["--ntasks-per-node=4", "lightning/single_node.sbatch"], 4, ["node1"]),
 ])  # fmt: skip
 def test_sbatch(cluster, config, sbatch, world_size, hosts):
     """One file of settings for each way to train, given by CONFIG_FILE; Lightning finds the tasks of srun."""

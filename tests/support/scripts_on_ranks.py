@@ -4,6 +4,7 @@ import contextlib
 import io
 import runpy
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -31,9 +32,19 @@ def ends(script: str, arguments: list[str]) -> tuple[int, str]:
             train(script, arguments)
         except SystemExit as ended:
             code = ended.code
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_refused()
     return code, stderr.getvalue()
+
+
+def leave_refused() -> None:
+    """Destroy the group that a refused script has left behind, when all ranks have joined it.
+
+    A slow rank may still be connecting to this one, which would look to it like a crash.
+    """
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):  # not all ranks were refused
+            dist.monitored_barrier(timeout=timedelta(seconds=20))
+        dist.destroy_process_group()
 
 
 @starts_its_own_group
