@@ -1,5 +1,6 @@
 """What the ranks of a `group` run for the tests of deepspeed/: the scripts as they stand, one after the other."""
 
+import os
 import sys
 from collections import Counter
 
@@ -108,3 +109,61 @@ def sent(script: str, arguments: list[str]) -> list[dict[str, int]]:
     finally:
         Run.log = log
     return steps
+
+
+@starts_its_own_group
+def drawn(script: str, arguments: list[str]) -> list[int]:
+    """Run a script; the first random tokens that this rank drew."""
+    draw, seen = torch.randint, []
+
+    def noted(*given, **named):
+        seen.append(draw(*given, **named))
+        return seen[-1]
+
+    torch.randint = noted
+    try:
+        train(script, arguments)
+    finally:
+        torch.randint = draw
+    return seen[0].flatten()[:32].tolist()
+
+
+@starts_its_own_group
+def ends_with_another_head(script: str, arguments: list[str], rank: int, added: float) -> tuple[int, str]:
+    """Run inference.py, where the engine of one rank has a head that differs from the model's by a number."""
+    import deepspeed
+
+    make = deepspeed.init_inference
+
+    def make_wrong(*given, **named):
+        engine = make(*given, **named)
+        if int(os.environ["RANK"]) == rank:
+            with torch.no_grad():
+                engine.module.lm_head.weight[7] += added
+        return engine
+
+    deepspeed.init_inference = make_wrong
+    try:
+        return ends(script, arguments)
+    finally:
+        deepspeed.init_inference = make
+
+
+@starts_its_own_group
+def ends_with_another_model(script: str, arguments: list[str]) -> tuple[int, str]:
+    """Run convert_checkpoint.py, where transformers reads other weights than were written."""
+    from transformers import AutoModelForCausalLM
+
+    read = AutoModelForCausalLM.from_pretrained
+
+    def read_wrong(*given, **named):
+        model = read(*given, **named)
+        with torch.no_grad():
+            model.lm_head.weight[7] += 1.0
+        return model
+
+    AutoModelForCausalLM.from_pretrained = read_wrong
+    try:
+        return ends(script, arguments)
+    finally:
+        del AutoModelForCausalLM.from_pretrained

@@ -54,6 +54,13 @@ def test_converted_weights_are_the_gathered_ones(group, saved, tmp_path, stage, 
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
+def test_a_model_that_computes_something_else_is_an_error(group, saved, tmp_path):
+    """The last check of `convert`: the logits of transformers are those of this model."""
+    given = ["convert", str(saved(3)[0]), "--output", str(tmp_path / "model")]
+    ((code, _),) = group(1)(ON_RANKS.ends_with_another_model, SCRIPT, given)
+    assert isinstance(code, str) and "error: transformers computes something else" in code
+
+
 @pytest.mark.parametrize(("stage", "ranks"), [(3, 1), pytest.param(2, 3, marks=SLOW), pytest.param(3, 4, marks=SLOW)])
 def test_universal_goes_on_at_another_world_size(group, saved, tmp_path, stage, ranks):
     """Three steps on 2 ranks and three on others are six in one go: weights bit by bit, losses as in one run."""

@@ -1,5 +1,6 @@
 """Trainer alone and with DeepSpeed: the training of a plain loop, every question answered once, exports, bad input."""
 
+import importlib.util
 import itertools
 import json
 import re
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from common.data_sharding import BatchConfig, BatchPlan
 from common.optimizer import OptimizerConfig, build_optimizer, learning_rate, set_learning_rate
 from common.question_answering import QuestionDataset, load_tokenizer, read_questions
+from common.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_RANKS = OnRanks("tests/deepspeed/finetune_on_ranks.py")
@@ -269,6 +271,8 @@ def test_checkpoints_that_cannot_be_used(group, places, tmp_path):
     more = [*given, "--train.steps", "3"]
     other = [*arguments(places, tmp_path, *options("zero3"))]
     assert_one_line(group(2)(ON_RANKS.ends, other), "checkpoint-2 was made with zero2 on 2 ranks, this is zero3 on 2")
+    fewer = [*arguments(places, tmp_path, *options("zero2", 2, 1))]
+    assert_one_line(group(1)(ON_RANKS.ends, fewer), "checkpoint-2 was made with zero2 on 2 ranks, this is zero2 on 1")
     other_model = shutil.copytree(places / "llama", tmp_path / "llama")
     other_data = shutil.copy(places / "train.json", tmp_path / "other.json")
     for name, made, now in [
@@ -283,6 +287,32 @@ def test_checkpoints_that_cannot_be_used(group, places, tmp_path):
     assert_one_line(group(2)(ON_RANKS.ends, more), "is missing or changed since it was written")
     (folder / "checkpoint-2" / "complete.json").unlink()
     assert [mine["optimizer_steps"] for mine in group(2)(ON_RANKS.train, more)] == [2, 2]  # from checkpoint-1
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    """deepspeed/finetune_settings.py, which does not import DeepSpeed."""
+    spec = importlib.util.spec_from_file_location("finetune_settings", ROOT / "deepspeed" / "finetune_settings.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_as_many_checkpoints_are_kept_as_the_settings_say(settings, tmp_path):
+    """By number, not by name: checkpoint-10 is newer than checkpoint-9. An unfinished one does not count."""
+    config = settings.FinetuneConfig()
+    config.checkpoint.keep = 2
+    for step in (8, 9, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "weights").write_text("w")
+        if step != 9:
+            settings.commit(folder, step, "ddp", config, Ranks(0, 1, 0, 1, "python", torch.device("cpu")))
+    assert [path.name for path in settings.committed(tmp_path)] == ["checkpoint-8", "checkpoint-10"]
+    settings.commit(tmp_path / "checkpoint-9", 9, "ddp", config, Ranks(0, 1, 0, 1, "python", torch.device("cpu")))
+    assert [path.name for path in settings.committed(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    assert not (tmp_path / "checkpoint-8").exists()
 
 
 # -------------------------------------------------------------------------------------------------------- bad input

@@ -50,6 +50,14 @@ def test_the_same_answer(answer, ranks):
         assert "LinearAllreduce" in printed
 
 
+def test_an_answer_that_differs_on_one_rank_ends_all_with_an_error(group):
+    """The last checks of the script: logits far apart; logits within the tolerance are tested above."""
+    group.stop()
+    for code, message in group(2)(ON_RANKS.ends_with_another_head, SCRIPT, SMALL, 1, 1.0):
+        assert isinstance(code, str) and "error: the engine's logits differ by" in code, (code, message)
+    group.stop()
+
+
 @pytest.mark.slow
 def test_torchrun(launch):
     assert "8 tokens, the same: " in launch(SCRIPT, *SMALL, nproc=2).stdout

@@ -58,6 +58,7 @@ def test_first_gradients(group, single_device, tmp_path, config, accumulation):
     one = single_device(*BASE, *options)
     group(2)(ON_RANKS.train, SCRIPT, arguments(tmp_path, config, *options, *accumulate(2, accumulation)))
     assert_same_first_gradients(one, tmp_path / "many", 2 + 2 * 9 + 1)
+    assert_same_rows(one, tmp_path / "many", 1e-5)
     a, b = read_checkpoint(one, 1), read_checkpoint(tmp_path / "many", 1)
     assert largest_difference(a, b, "model.") <= 1e-6  # one step of 3e-4 to 1e-3: a lost decay would be 3e-4
 
@@ -202,8 +203,9 @@ def test_what_a_step_sends(group, tmp_path, config, zero, expected):
 @pytest.mark.parametrize(("first", "then"), [
     (("zero2", 2), ("zero2", 2)),
     (("zero3", 2), ("zero1", 3)),
-    (("zero1", 2), ("ddp", 2)),
+    (("zero3", 2), ("ddp", 2)),
     (("ddp", 2), ("zero3", 3)),
+    pytest.param(("zero1", 2), ("ddp", 2), marks=slow),
     pytest.param(("zero3", 4), ("zero3", 2), marks=slow),
     pytest.param(("zero2_cpu_offload", 2), ("zero3_cpu_offload", 4), marks=slow),
 ], ids=lambda value: f"{value[0]} on {value[1]}")  # fmt: skip

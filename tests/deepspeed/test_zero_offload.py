@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT, OnRanks, run_command
+from launching import ROOT, OnRanks, assert_refused, run_command
 
 SCRIPT = "deepspeed/zero_offload.py"
 ON_RANKS = OnRanks("tests/deepspeed/deepspeed_on_ranks.py")
@@ -65,9 +65,23 @@ def test_bytes_by_place(group, tmp_path, ranks):
     assert all_in_host["host", "gradients"] == [(4 + 2) * count // n] * 3  # and once more in bf16
     assert {role for place, role in all_in_host if place == "device"} == {"buffers"}
 
+    # Beside the bytes stands what the papers count: their formula, and its value.
+    papers = re.findall(r"^  (?:device|host) +(?:[a-z]+)(?: +[\d,]+){3} +([\d,]+)  (.+)$", printed, re.MULTILINE)
+    values = {"2 Ψ": 2 * count, "2 Ψ/n": 2 * count // n, "12 Ψ/n": 12 * count // n}
+    assert [words for _, words in papers] == [
+        "2 Ψ", "2 Ψ/n", "12 Ψ/n", "2 Ψ", "2 Ψ/n", "12 Ψ/n", "2 Ψ/n", "2 Ψ/n", "12 Ψ/n",
+    ]  # fmt: skip
+    assert all(number(value) == values[words] for value, words in papers)
+
     first, *others = loss_of(printed)
     # bf16: gradients are summed in other buckets, and rounded to 8 bits each time; the loss is about 5.
     assert all(abs(loss - first) <= 2e-2 for loss in others)
+
+
+def test_each_rank_has_its_own_text(group):
+    """Equal text on all ranks would be one sample, computed twice."""
+    one, two = group(2)(ON_RANKS.drawn, SCRIPT, [*SMALL, "--case", "zero2"])
+    assert one != two
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -102,6 +116,19 @@ def locked_folder(root: Path) -> Path:
 def nvme(tmp_path, *options, check=True, timeout=60, **environment):
     more = {"DEVICE": "cpu", "TMPDIR": str(tmp_path)} | environment
     return run_command([sys.executable, str(ROOT / SCRIPT), *options], timeout, check, **more)
+
+
+def test_a_build_under_way_is_not_waited_for(group, tmp_path):
+    folder = locked_folder(tmp_path)
+    options = ["--case", "zero3_nvme", *SMALL]
+    with (folder / "lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        ended = group(2)(ON_RANKS.ends, SCRIPT, options, {"TORCH_EXTENSIONS_DIR": str(tmp_path)})
+    assert_refused(ended, "async_io/lock is held: another process is building this extension now")
+    # The lock file of a build that was killed is held by nothing: what is missing is said instead.
+    ended = group(2)(ON_RANKS.ends, SCRIPT, options, {"TORCH_EXTENSIONS_DIR": str(tmp_path)})
+    assert_refused(ended, "async_io")
+    assert all("lock" not in message for _, message in ended)
 
 
 @pytest.mark.slow

@@ -211,7 +211,7 @@ def logged_mean(samples: int) -> float:
 
 
 @starts_its_own_group
-def communication(arguments: list[str], hold_back: bool = True) -> dict[str, int]:
+def communication(arguments: list[str], hold_back: bool = True, script: str = SCRIPT) -> dict[str, int]:
     """Run it, and count what travels while Lightning trains: reductions of gradients, and Lightning's broadcasts.
 
     hold_back: False takes away what holds FSDP's reductions back until the last micro-batch.
@@ -241,8 +241,27 @@ def communication(arguments: list[str], hold_back: bool = True) -> dict[str, int
     if not hold_back:
         FSDPModule.set_requires_gradient_sync = lambda *_: None
     try:
-        train(arguments)
+        train(arguments, script)
     finally:
         DistributedDataParallel.forward, param_group.foreach_reduce, dist.broadcast = forward, reduce, broadcast
         FSDPModule.set_requires_gradient_sync = holding
     return counts
+
+
+@starts_its_own_group
+def reduced_in(arguments: list[str]) -> set[torch.dtype]:
+    """Run it; the dtypes of the gradients that FSDP sends."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    seen = set()
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "c10d" and "reduce_scatter" in function._schema.name:
+                seen.update(x.dtype for x in tree_leaves(args) if isinstance(x, torch.Tensor))
+            return function(*args, **(kwargs or {}))
+
+    with Watching():
+        train(arguments)
+    return seen

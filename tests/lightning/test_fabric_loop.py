@@ -52,6 +52,13 @@ def test_fp64_is_the_proof(group, single_device, tmp_path, world_size, accumulat
     assert record["versions"]["lightning"].startswith("2.")
 
 
+def test_gradients_travel_once_a_step(group, tmp_path):
+    """With four micro-batches a step: sent with the last one only."""
+    options = ["--train.steps", "3", "--batch.micro_size", "6", "--batch.global_size", "48"]
+    for counts in group(2)(ON_RANKS.communication, arguments(tmp_path, "run", *options), True, SCRIPT):
+        assert counts["gradients"] == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", [["--model.tied", "true"], ["--train.activation_checkpointing", "true"]], ids=str)
 def test_variants(group, single_device, tmp_path, variant):

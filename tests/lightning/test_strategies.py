@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import yaml
 from equality import SMALL, assert_same_rows, read_rows
 from launching import ROOT, OnRanks
@@ -98,6 +99,12 @@ def test_gradients_travel_once_a_step(group, tmp_path, strategy, hold_back, a_st
         assert counts["gradients"] == 3 * a_step, counts
         # What Lightning adds: before each micro-batch all ranks ask rank 0 whether it was told to end.
         assert counts["broadcasts"] == 3 * 4, counts
+
+
+def test_fsdp_sends_gradients_in_fp32_where_it_computes_in_bf16(group, tmp_path):
+    """Sums of many ranks in bf16 would lose what is small."""
+    options = ["--strategy", "fsdp", "--train.precision", "bf16", "--train.steps", "1", "--runs_dir", str(tmp_path)]
+    assert group(2)(ON_RANKS.reduced_in, [*SMALL, *options]) == [{torch.float32}] * 2
 
 
 WITHOUT_THE_GUARD = """

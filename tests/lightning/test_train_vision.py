@@ -155,6 +155,7 @@ def test_resnet50_under_lightnings_own_launcher(launch, tmp_path):
     (["--batch.micro_size", "1"], ["1 image", "batch.micro_size", "--model.norm group"]),
     (["--model.sync_batchnorm", "true"], ["model.sync_batchnorm", "GPUs only"]),
     (["--data.source", "folder", "--data.path", "nowhere"], ["nowhere", "train/CLASS"]),
+    (["--train.precision", "fp16"], ["train.precision = fp16", "use bf16"]),
     (["--model.nrom", "group"], ["model.nrom", "did you mean model.norm"]),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_on_every_rank(group, tmp_path, more, words):
