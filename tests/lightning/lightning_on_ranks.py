@@ -265,3 +265,22 @@ def reduced_in(arguments: list[str]) -> set[torch.dtype]:
     with Watching():
         train(arguments)
     return seen
+
+
+@starts_its_own_group
+def attention_calls(arguments: list[str]) -> int:
+    """Run it; how often the attention of a block was computed while the gradients were needed."""
+    from common.transformer import Attention
+
+    calls, forward = [], Attention.forward
+
+    def noted(self, *inputs, **named):
+        calls.append(self.training and torch.is_grad_enabled())
+        return forward(self, *inputs, **named)
+
+    Attention.forward = noted
+    try:
+        train(arguments)
+    finally:
+        Attention.forward = forward
+    return sum(calls)

@@ -101,6 +101,15 @@ def test_gradients_travel_once_a_step(group, tmp_path, strategy, hold_back, a_st
         assert counts["broadcasts"] == 3 * 4, counts
 
 
+@pytest.mark.parametrize(("checkpointing", "times"), [("true", 2), pytest.param("false", 1, marks=slow)])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_activation_checkpointing_computes_again(group, tmp_path, strategy, checkpointing, times):
+    """Each of the two blocks is computed in the forward, and in the backward again: the losses do not show it."""
+    options = ["--strategy", strategy, "--train.activation_checkpointing", checkpointing, "--train.steps", "1"]
+    calls = group(2)(ON_RANKS.attention_calls, [*SMALL, *options, "--runs_dir", str(tmp_path)])
+    assert calls == [2 * times] * 2
+
+
 def test_fsdp_sends_gradients_in_fp32_where_it_computes_in_bf16(group, tmp_path):
     """Sums of many ranks in bf16 would lose what is small."""
     options = ["--strategy", "fsdp", "--train.precision", "bf16", "--train.steps", "1", "--runs_dir", str(tmp_path)]
