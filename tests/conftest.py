@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import fork_server
 import pytest
 import summary
 from launching import SCRIPTS, Groups, run_command
@@ -74,7 +75,9 @@ def group():
 @pytest.fixture(scope="module", autouse=True)
 def one_folder_at_a_time(request, group):
     """End the ranks of the folder before: they hold the libraries of all its lessons, a gigabyte each after a while."""
-    group.enter(summary.folder_of(request.node.nodeid))
+    folder = summary.folder_of(request.node.nodeid)
+    group.enter(folder)
+    fork_server.prepare_for(folder)
 
 
 @pytest.fixture(scope="session")

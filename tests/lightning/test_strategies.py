@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import yaml
 from equality import SMALL, assert_same_rows, read_rows
 from launching import ROOT, OnRanks
@@ -100,6 +101,21 @@ def test_gradients_travel_once_a_step(group, tmp_path, strategy, hold_back, a_st
         assert counts["broadcasts"] == 3 * 4, counts
 
 
+@pytest.mark.parametrize(("checkpointing", "times"), [("true", 2), pytest.param("false", 1, marks=slow)])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_activation_checkpointing_computes_again(group, tmp_path, strategy, checkpointing, times):
+    """Each of the two blocks is computed in the forward, and in the backward again: the losses do not show it."""
+    options = ["--strategy", strategy, "--train.activation_checkpointing", checkpointing, "--train.steps", "1"]
+    calls = group(2)(ON_RANKS.attention_calls, [*SMALL, *options, "--runs_dir", str(tmp_path)])
+    assert calls == [2 * times] * 2
+
+
+def test_fsdp_sends_gradients_in_fp32_where_it_computes_in_bf16(group, tmp_path):
+    """Sums of many ranks in bf16 would lose what is small."""
+    options = ["--strategy", "fsdp", "--train.precision", "bf16", "--train.steps", "1", "--runs_dir", str(tmp_path)]
+    assert group(2)(ON_RANKS.reduced_in, [*SMALL, *options]) == [{torch.float32}] * 2
+
+
 WITHOUT_THE_GUARD = """
 import argparse, runpy, sys
 import deepspeed
@@ -135,13 +151,14 @@ def test_deepspeed_where_lightning_lets_it_run(launch, single_device, tmp_path):
     assert again.stderr.count("error: ") >= 1 and len(read_rows(tmp_path / "runs" / "many")) == 6
 
 
+@slow
 @slurm
 @pytest.mark.parametrize(("config", "sbatch", "world_size", "hosts"), [
     ("fsdp", ["lightning/multi_node.sbatch"], 4, ["node1", "node2"]),
-    pytest.param("single_device", ["--ntasks-per-node=1", "lightning/single_node.sbatch"], 1, ["node1"], marks=slow),
-    pytest.param("mixed_precision", ["--ntasks-per-node=1", "lightning/single_node.sbatch"], 1, ["node1"], marks=slow),
-    pytest.param("ddp", ["lightning/single_node.sbatch"], 2, ["node1"], marks=slow),
-    pytest.param("tensor_parallel", ["--ntasks-per-node=4", "lightning/single_node.sbatch"], 4, ["node1"], marks=slow),
+    ("single_device", ["--ntasks-per-node=1", "lightning/single_node.sbatch"], 1, ["node1"]),
+    ("mixed_precision", ["--ntasks-per-node=1", "lightning/single_node.sbatch"], 1, ["node1"]),
+    ("ddp", ["lightning/single_node.sbatch"], 2, ["node1"]),
+    ("tensor_parallel", ["--ntasks-per-node=4", "lightning/single_node.sbatch"], 4, ["node1"]),
 ])  # fmt: skip
 def test_sbatch(cluster, config, sbatch, world_size, hosts):
     """One file of settings for each way to train, given by CONFIG_FILE; Lightning finds the tasks of srun."""

@@ -18,6 +18,21 @@ PRELOAD = [
     "common.data_sharding", "common.config", "common.flops", "common.network",
     "equality", "own_folder",
 ]  # fmt: skip
+# Imported too for the tests of a folder: slow imports that only its scripts need.
+FOLDER_PRELOAD = {
+    "deepspeed": ["deepspeed", "lightning.pytorch", "lightning.fabric", "transformers.trainer",
+                  "transformers.models.llama.modeling_llama", "deepspeed.checkpoint.ds_to_universal"],
+    "lightning": ["lightning.pytorch", "lightning.fabric", "torch.utils.tensorboard"],
+}  # fmt: skip
+_wanted: list[str] = []  # of these, for the folder whose tests run now
+
+
+def prepare_for(folder: str) -> None:
+    """Let ranks of this folder's tests find imported what their scripts need; ends a server that has other imports."""
+    wanted = FOLDER_PRELOAD.get(folder, [])
+    if wanted != _wanted:
+        _wanted[:] = wanted
+        multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]  # private; the next use starts one
 
 
 def context() -> BaseContext:
@@ -29,11 +44,14 @@ def context() -> BaseContext:
         return multiprocessing.get_context("fork")
     os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when the server imports it
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(PRELOAD)
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, Path(__file__).parent)))  # of the server, not of ours
+    server.set_forkserver_preload([*PRELOAD, *_wanted])
+    # Of the server, not of ours. DeepSpeed chooses its accelerator when it is imported.
+    variables = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, Path(__file__).parent))), "DS_ACCELERATOR": "cpu"}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         multiprocessing.forkserver.ensure_running()
     finally:
-        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
     return server

@@ -6,8 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-from ended_together import wait_for_all
+from ended_together import leave_together
 from own_folder import own_folder
 from rank_worker import starts_its_own_group
 
@@ -32,9 +31,7 @@ def ends(script: str, arguments: list[str]) -> tuple[int, str]:
             train(script, arguments)
         except SystemExit as ended:
             code = ended.code
-    if dist.is_initialized():
-        wait_for_all()
-        dist.destroy_process_group()
+    leave_together()
     return code, stderr.getvalue()
 
 
