@@ -224,12 +224,12 @@ def compare(size: str, ranks: Ranks, pairs: int, steps: int, bar: tqdm) -> dict[
                     wall[name].append(seconds[0])
                     cpu[name].append(seconds[1])
             bar.update()
-        problem = contest.verdict()
+        # Before the parts: their replica check would end the ranks without a word, its stderr is the stand-in's.
+        if problem := contest.verdict():
+            fail(f"{size}: the loops did not do the same training ({problem}); comparing them is worth nothing")
         with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
             parts = contest.parts(min(max(10, 4 * steps), len(contest.batches)))
             contest.run.finish()
-    if problem:
-        fail(f"{size}: the loops did not do the same training ({problem}); comparing them is worth nothing")
 
     def overhead(times: dict[str, list[float]]) -> dict[str, float]:
         return quartiles([a / b - 1 for a, b in zip(times["ours"], times["bare"], strict=True)])
