@@ -90,7 +90,7 @@ class Contest:
         self.optimizer = build_optimizer(self.our_model.parameters(), config.optimizer, ranks.device)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=False)
         flops = flops_per_token(config.model, length)
-        self.run = Run(config, ranks, "ddp", self.tokens_per_step, flops_per_unit=flops)
+        self.run = Run(config, ranks, "ddp", units_per_step=self.tokens_per_step, flops_per_unit=flops)
         self.run.restore(self.our_model, self.optimizer, self.scaler)
         ahead = Loader(train_set, plan, ranks.device)
         self.batches = [batch for step in range(steps) for batch, _ in ahead.micro_batches(step)]
@@ -127,7 +127,7 @@ class Contest:
             run.log(step, loss_sum, grad_norm, lr)
             if run.wants_evaluation(step):
                 break
-            run.save_if_due(step, model, optimizer, scaler)
+            run.end_step(step, model, optimizer, scaler)
             yield
 
     def bare(self) -> Iterator[None]:

@@ -23,9 +23,9 @@ from typing import Any, Literal, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from common.checkpoint import CheckpointConfig
 from common.data import TextConfig
 from common.data_sharding import BatchConfig
+from common.manifest import CheckpointConfig
 from common.optimizer import OptimizerConfig
 from common.ranks import fail
 from common.transformer import ModelConfig
@@ -82,6 +82,8 @@ class RunConfig:
     """Seconds after which a collective that a rank did not enter becomes an error."""
     network_profile: str = "default"
     """Which NCCL and Gloo variables to set; see python -m common.network --explain."""
+    tensorboard: bool = False
+    """Also write curves into the run folder for TensorBoard: tensorboard --logdir runs."""
     wandb: bool = False
     """Also log to Weights & Biases (needs the package, and its key in the environment)."""
 

@@ -34,12 +34,14 @@ class TextConfig:
     """Tokens per sample."""
     validation_samples: int = 256
     """Evaluate on this many samples, spread over the validation set; 0 takes all."""
+    workers: int = 0
+    """Processes per rank that prepare batches ahead; 0 prepares each batch in the training process when it is due."""
 
     def __post_init__(self) -> None:
-        if self.sequence_length < 1 or self.validation_samples < 0:
+        if self.sequence_length < 1 or self.validation_samples < 0 or self.workers < 0:
             raise ValueError(
-                f"data.sequence_length = {self.sequence_length} must be at least 1, and data.validation_samples = "
-                f"{self.validation_samples} 0 (all) or more"
+                f"data.sequence_length = {self.sequence_length} must be at least 1, data.validation_samples = "
+                f"{self.validation_samples} 0 (all) or more, and data.workers = {self.workers} 0 or more"
             )
         if self.source == "tokens" and not self.path:
             raise ValueError("data.source = tokens needs data.path, a folder made by python -m common.data tokenize")

@@ -79,8 +79,9 @@ def main(config: VisionConfig) -> None:
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.train.precision == "fp16")
 
     fingerprint = train_set.fingerprint()
-    run = Run(config, ranks, "ddp", images_per_step, "images", flops_per_unit=flops, fingerprint=fingerprint)
-    run.say(f"{flops / 1e6:.4g} MFLOP per image: three times the forward, as torch counts it")
+    run = Run(config, ranks, "ddp", units_per_step=images_per_step, unit="images", flops_per_unit=flops,
+              fingerprint=fingerprint)  # fmt: skip
+    ranks.print(f"{flops / 1e6:.4g} MFLOP per image: three times the forward, as torch counts it")
     run.restore(model, optimizer, scaler)
 
     # ---- training
@@ -111,7 +112,7 @@ def main(config: VisionConfig) -> None:
             with autocast:
                 loss, accuracy = evaluate(model, validation_set, plan.micro_size, ranks, config.data.workers)
             run.log_validation(step, loss, accuracy=accuracy)
-        run.save_if_due(step, model, optimizer, scaler)
+        run.end_step(step, model, optimizer, scaler)
     run.finish()
     ranks.leave()  # a barrier, then the end of the process group
 

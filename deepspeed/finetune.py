@@ -63,10 +63,12 @@ def main(config: FinetuneConfig) -> None:
             f"{config.model_path}: the tokenizer has {len(tokenizer)} tokens, more than the model; use the model's own"
         )
 
-    run = Run(config, ranks, strategy, config.batch.global_size, "samples", fingerprint=train_set.fingerprint(),
+    dp = "dp_replicate" if strategy in ("single", "ddp", "zero0") else "dp_shard"
+    run = Run(config, ranks, strategy, units_per_step=config.batch.global_size, unit="samples",
+              fingerprint=train_set.fingerprint(), mesh={dp: ranks.world_size},
               framework="deepspeed" if config.deepspeed_config else "transformers")  # fmt: skip
-    run.say(f"training:   {train_set.describe()}\nvalidation: {validation_set.describe()}")
-    checkpoint, run.first_step = last_checkpoint(run.folder / "checkpoints", strategy, config, ranks)
+    ranks.print(f"training:   {train_set.describe()}\nvalidation: {validation_set.describe()}")
+    checkpoint, first_step = last_checkpoint(run.folder / "checkpoints", strategy, config, ranks)
 
     arguments.output_dir = str(run.folder / "checkpoints")
     trainer = PlannedTrainer(model, arguments)
@@ -77,9 +79,9 @@ def main(config: FinetuneConfig) -> None:
     trainer.add_callback(Record(trainer, run, ranks, strategy))
     trainer.run, trainer.loader, trainer.plan = run, Loader(train_set, plan, ranks.device), plan
     trainer.questions = validation_set, validation_questions, tokenizer
-    run.restore(model, None)  # opens the record; the state itself is Trainer's to load
-    if checkpoint:
-        run.say(f"resumed from {checkpoint}: {run.first_step} steps done")
+    if checkpoint:  # the state is Trainer's to load
+        ranks.print(f"resumed from {checkpoint}: {first_step} steps done")
+    run.begin(first_step)
 
     # ---- training: forward, backward, clip, step, all in one call
     if run.first_step < config.train.steps:
@@ -205,10 +207,10 @@ class Record(transformers.TrainerCallback):
     """Drives the run folder, which all scripts share: Trainer tells what it did, this says what to do next."""
 
     def __init__(self, trainer: PlannedTrainer, run: Run, ranks: Ranks, strategy: str) -> None:
-        self.trainer, self.run, self.ranks, self.strategy, self.steps = trainer, run, ranks, strategy, run.steps()
+        self.trainer, self.run, self.ranks, self.strategy = trainer, run, ranks, strategy
 
     def on_train_begin(self, args, state, control, **more) -> None:
-        next(self.steps)
+        self.run.next_step()
         if self.trainer.deepspeed:
             keep_norm(self.trainer.deepspeed)  # stage 0 forgets the gradient norm
 
@@ -219,7 +221,7 @@ class Record(transformers.TrainerCallback):
         step, done, every = state.global_step - 1, state.global_step, self.run.config.checkpoint.every
         loss = torch.tensor(logs["loss"] * self.run.units_per_step / self.ranks.world_size, dtype=torch.float64)
         self.run.log(step, loss, torch.tensor(logs["grad_norm"]), logs["learning_rate"])
-        last = next(self.steps, None) is None  # all steps are done, or some rank was told to stop
+        last = self.run.next_step() is None  # all steps are done, or some rank was told to stop
         control.should_evaluate = self.run.wants_evaluation(step)
         control.should_save = last or bool(every and done % every == 0)
         control.should_training_stop |= last
@@ -237,7 +239,7 @@ def validation_loss(model: nn.Module, dataset, batch_size: int, ranks: Ranks) ->
     place = ranks.rank, ranks.world_size
     model.eval()
     # In stage 3 a forward gathers parameters: ranks with fewer samples join in with batches that do not count.
-    for tokens, targets in evaluation_batches(dataset, batch_size, ranks.device, *place, same_count=True):
+    for tokens, targets in evaluation_batches(dataset, batch_size, ranks.device, *place, equal_batches=True):
         logits = model(tokens, use_cache=False).logits.float()
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
         sums += torch.stack([loss.double(), count_valid(targets)])
@@ -283,10 +285,11 @@ def show(run: Run, answers: list[str], asked: list[Question], trained_on: list[Q
         question, answer = asked[number], answers[number]
         golds = " or ".join(map(repr, dict.fromkeys(question.answers))) or "no answer"
         verdict = "right" if score([answer], [question])[0] else f"expected {golds}"
-        run.say(f"  {question.context[:100].splitlines()[0]}\n    {question.question} {answer!r} ({verdict})")
+        run.ranks.print(f"  {question.context[:100].splitlines()[0]}\n    {question.question} {answer!r} ({verdict})")
     usual = most_frequent_answer(trained_on)
     exact, f1 = score([usual] * len(asked), asked)
-    run.say(f"always saying {usual!r}, the most frequent answer of training: exact match {exact:.4f}  f1 {f1:.4f}")
+    frequent = f"always saying {usual!r}, the most frequent answer of training"
+    run.ranks.print(f"{frequent}: exact match {exact:.4f}  f1 {f1:.4f}")
 
 
 def export(trainer: PlannedTrainer, tokenizer, run: Run, ranks: Ranks) -> None:
@@ -305,7 +308,7 @@ def export(trainer: PlannedTrainer, tokenizer, run: Run, ranks: Ranks) -> None:
             problem = f"{folder}: {error.strerror}; the checkpoint is untouched"
     if problem := ranks.broadcast(problem):
         fail(problem)
-    run.say(f"exported to {folder}")
+    ranks.print(f"exported to {folder}")
 
 
 if __name__ == "__main__":

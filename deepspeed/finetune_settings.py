@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.checkpoint import checksum
 from common.config import RunConfig, TrainConfig
+from common.manifest import checksum
 from common.question_answering import QuestionsConfig, require
 from common.ranks import Ranks, fail
 

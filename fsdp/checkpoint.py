@@ -32,7 +32,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from train import initialise
 
-from common import checkpoint
+from common import checkpoint, manifest
 from common.config import parse, to_dict
 from common.data_sharding import derive_seed
 from common.hf_weights import save_hugging_face
@@ -70,7 +70,7 @@ def save(config: SaveConfig) -> None:
 
     start = time.perf_counter()
     target = checkpoint.save(folder / "checkpoints", 1, model, optimizer, ranks)
-    sharded_bytes = written_by(checkpoint.read_manifest(target)["files"], ranks)
+    sharded_bytes = written_by(manifest.read(target)["files"], ranks)
     report("sharded, synchronous", start, start, sharded_bytes, ranks)
 
     # Every rank takes part in gathering (all must call it), one layer after the other, but rank 0 alone keeps what
@@ -192,7 +192,7 @@ def open_folder(output: str | None, settings: ShardedConfig, ranks: Ranks) -> Pa
 
 def committed(run_folder: Path) -> Path:
     """The newest whole checkpoint of a run. SystemExit: there is none."""
-    found = checkpoint.latest(run_folder / "checkpoints")
+    found = manifest.latest(run_folder / "checkpoints")
     if found is None:
         fail(
             f"{run_folder} holds no finished checkpoint (checkpoints/step_N/manifest.json); give the folder of a run "

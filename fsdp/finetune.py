@@ -86,10 +86,11 @@ def main(config: FinetuneConfig) -> None:
     optimizer = build_optimizer(model.parameters(), config.optimizer, ranks.device)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.train.precision == "fp16")
 
-    run = Run(config, ranks, "fsdp", config.batch.global_size, "samples", fingerprint=train_set.fingerprint(),
-              mesh=dict(zip(("replicate", "shard"), mesh.shape, strict=True)))  # fmt: skip
-    run.say(f"training:   {train_set.describe()}\nvalidation: {validation_set.describe()}")
-    run.say(f"{describe(model, settings['mp_policy'])}\n{describe_trained(model)}")
+    run = Run(config, ranks, "fsdp", units_per_step=config.batch.global_size, unit="samples",
+              mesh=dict(zip(("dp_replicate", "dp_shard"), mesh.shape, strict=True)),
+              fingerprint=train_set.fingerprint())  # fmt: skip
+    ranks.print(f"training:   {train_set.describe()}\nvalidation: {validation_set.describe()}")
+    ranks.print(f"{describe(model, settings['mp_policy'])}\n{describe_trained(model)}")
     trained = Trained(model, base)  # frozen weights are not saved, but read again
     run.restore(trained, optimizer, scaler)
     trained.check_base()
@@ -122,7 +123,7 @@ def main(config: FinetuneConfig) -> None:
             answers = answer_all(model, validation_questions, tokenizer, config, plan.micro_size, ranks)
             exact, f1 = score(answers, validation_questions)
             run.log_validation(step, loss, exact_match=exact, f1=f1)
-        run.save_if_due(step, trained, optimizer, scaler)
+        run.end_step(step, trained, optimizer, scaler)
         if step + 1 == config.train.steps:
             show(run, answers, validation_questions, questions)
     if config.export and run.is_complete:  # also when it ended before it could be written
@@ -176,7 +177,7 @@ def evaluate(model: nn.Module, dataset, batch_size: int, ranks: Ranks) -> float:
     place = ranks.rank, ranks.world_size
     model.eval()
     # A forward gathers parameters: ranks with fewer samples join in with batches that do not count.
-    for tokens, targets in evaluation_batches(dataset, batch_size, ranks.device, *place, same_count=True):
+    for tokens, targets in evaluation_batches(dataset, batch_size, ranks.device, *place, equal_batches=True):
         sums += torch.stack([token_loss(model, tokens, targets).double(), count_valid(targets)])
     model.train()
     dist.all_reduce(sums)  # ranks may have had different numbers of samples: sums, never a mean of means
@@ -222,12 +223,13 @@ def show(run: Run, answers: list[str], asked: list[Question], trained_on: list[Q
         question, answer = asked[number], answers[number]
         golds = " or ".join(map(repr, dict.fromkeys(question.answers))) or "no answer"
         verdict = "right" if score([answer], [question])[0] else f"expected {golds}"
-        run.say(f"  {question.context[:100].splitlines()[0]}\n    {question.question} {answer!r} ({verdict})")
+        run.ranks.print(f"  {question.context[:100].splitlines()[0]}\n    {question.question} {answer!r} ({verdict})")
     for gold, right, total in score_by_answer(answers, asked):
-        run.say(f"  where {gold} is right: {right} of {total}")
+        run.ranks.print(f"  where {gold} is right: {right} of {total}")
     usual = most_frequent_answer(trained_on)
     exact, f1 = score([usual] * len(asked), asked)
-    run.say(f"always saying {usual!r}, the most frequent answer of training: exact match {exact:.4f}  f1 {f1:.4f}")
+    frequent = f"always saying {usual!r}, the most frequent answer of training"
+    run.ranks.print(f"{frequent}: exact match {exact:.4f}  f1 {f1:.4f}")
 
 
 def write(model: nn.Module, tokenizer, config: FinetuneConfig, shape, run: Run, ranks: Ranks) -> None:
@@ -241,7 +243,7 @@ def write(model: nn.Module, tokenizer, config: FinetuneConfig, shape, run: Run, 
         except OSError as error:
             problem = f"{folder}: {error.strerror}; the checkpoint is untouched"
     ranks.fail_together(problem)
-    run.say(f"exported to {folder}")
+    ranks.print(f"exported to {folder}")
 
 
 if __name__ == "__main__":

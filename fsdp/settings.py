@@ -42,10 +42,10 @@ def mesh_and_settings(config: ShardedConfig, ranks: Ranks) -> tuple[DeviceMesh, 
     if copies < 1 or ranks.world_size % copies:
         fail(f"fsdp.replicate = {copies} with {ranks.world_size} ranks; expected a divisor of the ranks; change one")
     shape = copies, ranks.world_size // copies
-    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
     low_precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
     return mesh, {
-        "mesh": mesh if copies > 1 else mesh["shard"],
+        "mesh": mesh if copies > 1 else mesh["dp_shard"],
         "reshard_after_forward": None if options.reshard_after_forward else False,  # None: all but the root
         # Gathered and computed with in the low precision, summed over the ranks in fp32. Inputs are left as they are:
         # hidden states have the right precision already, and rotary angles would lose theirs.

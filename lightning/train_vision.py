@@ -166,7 +166,7 @@ class EvaluationBatches:
 
     def __iter__(self) -> Iterator[Any]:
         plan = self.data.plan
-        place = self.data.device, plan.rank, plan.world_size, self.data.config.data.workers
+        place = self.data.device, plan.dp_rank, plan.dp_size, self.data.config.data.workers
         return evaluation_batches(self.data.validation_set, plan.micro_size, *place)
 
 
@@ -240,14 +240,13 @@ class Record(Callback):
         self.ranks = Ranks(*place, trainer.strategy.root_device)
         images_per_step, fingerprint = self.config.batch.global_size, trainer.datamodule.train_set.fingerprint()
         self.run = Run(
-            self.config, self.ranks, "ddp", images_per_step, "images",
+            self.config, self.ranks, "ddp", units_per_step=images_per_step, unit="images",
             flops_per_unit=self.flops, fingerprint=fingerprint, framework="lightning",
         )  # fmt: skip
-        self.run.say(f"{self.flops / 1e6:.4g} MFLOP per image: three times the forward, as torch counts it")
+        self.ranks.print(f"{self.flops / 1e6:.4g} MFLOP per image: three times the forward, as torch counts it")
         self.run.restore(module.model, trainer.optimizers[0])
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        self.steps = self.run.steps()
-        self.step = next(self.steps, None)
+        self.step = self.run.next_step()
 
     def on_before_optimizer_step(self, trainer: Trainer, module: VisionModule, optimizer) -> None:
         """After backward, before clipping and the update."""
@@ -277,8 +276,8 @@ class Record(Callback):
 
     def end_step(self, trainer: Trainer, module: VisionModule) -> None:
         """Save if it is time to, and see which step is next; none, at the same step on all ranks, after a stop."""
-        self.run.save_if_due(self.step, module.model, trainer.optimizers[0])
-        self.step = next(self.steps, None)
+        self.run.end_step(self.step, module.model, trainer.optimizers[0])
+        self.step = self.run.next_step()
 
     def on_train_end(self, trainer: Trainer, module: VisionModule) -> None:
         """Write curve and summary."""

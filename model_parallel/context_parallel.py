@@ -46,7 +46,7 @@ def main(config: ContextConfig) -> None:
     # ---- data: the batch of step N is a pure function of the seed and N
     train_set, validation_set = text_datasets(config.data, config.model.vocabulary)
     plan = BatchPlan(config.batch, len(train_set), config.seed, mesh["dp"].get_local_rank(), dp)
-    loader = Loader(train_set, plan, ranks.device)
+    loader = Loader(train_set, plan, ranks.device, config.data.workers)
     tokens_per_step = config.batch.global_size * config.data.sequence_length
 
     # ---- model: on the meta device its parameters have shapes and no memory
@@ -73,13 +73,13 @@ def main(config: ContextConfig) -> None:
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.train.precision == "fp16")
 
     flops = flops_per_token(config.model, config.data.sequence_length)
-    run = Run(config, ranks, "context", tokens_per_step, flops_per_unit=flops, fingerprint=train_set.fingerprint(),
-              mesh={"dp": dp, "cp": cp})  # fmt: skip
-    run.say(
+    run = Run(config, ranks, "context", units_per_step=tokens_per_step, flops_per_unit=flops,
+              fingerprint=train_set.fingerprint(), mesh={"dp_shard": dp, "cp": cp})  # fmt: skip
+    ranks.print(
         f"{attention} attention: {config.data.sequence_length // cp} of {config.data.sequence_length} tokens a rank"
     )
-    run.say(describe(model))
-    run.say(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
+    ranks.print(describe(model))
+    ranks.print(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
     run.restore(model, optimizer, scaler)
 
     # ---- training
@@ -106,7 +106,7 @@ def main(config: ContextConfig) -> None:
 
         if run.wants_evaluation(step):
             run.log_validation(step, evaluate(model, validation_set, plan.micro_size, mesh, attention))
-        run.save_if_due(step, model, optimizer, scaler)
+        run.end_step(step, model, optimizer, scaler)
     run.finish()
     ranks.leave()  # a barrier, then the end of the process group
 
@@ -186,7 +186,7 @@ def evaluate(model: Transformer, dataset, batch_size: int, mesh: DeviceMesh, att
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
     place = mesh["dp"].get_local_rank(), mesh["dp"].size()
     # A forward communicates: ranks with fewer samples join in with batches that do not count.
-    for tokens, targets in evaluation_batches(dataset, batch_size, device, *place, same_count=True):
+    for tokens, targets in evaluation_batches(dataset, batch_size, device, *place, equal_batches=True):
         with part_of_sequence(tokens.shape[1], mesh["cp"], attention) as mine:
             tokens, targets = tokens[:, mine], targets[:, mine]
             sums += torch.stack([model(tokens, targets, mine).double(), count_valid(targets)])

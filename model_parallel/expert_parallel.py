@@ -42,7 +42,7 @@ def main(config: ExpertConfig) -> None:
     # ---- data: the batch of step N is a pure function of the seed and N
     train_set, validation_set = text_datasets(config.data, config.model.vocabulary)
     plan = BatchPlan(config.batch, len(train_set), config.seed, ranks.rank, ranks.world_size)
-    loader = Loader(train_set, plan, ranks.device)
+    loader = Loader(train_set, plan, ranks.device, config.data.workers)
     tokens_per_step = config.batch.global_size * config.data.sequence_length
 
     # ---- model: on the meta device its parameters have shapes and no memory
@@ -65,10 +65,10 @@ def main(config: ExpertConfig) -> None:
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.train.precision == "fp16")
 
     flops = flops_per_token(config.model, config.data.sequence_length)
-    run = Run(config, ranks, "expert", tokens_per_step, flops_per_unit=flops, fingerprint=train_set.fingerprint(),
-              mesh={"dp": dp, "ep": ep})  # fmt: skip
-    run.say(describe(model))
-    run.say(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
+    run = Run(config, ranks, "expert", units_per_step=tokens_per_step, flops_per_unit=flops,
+              fingerprint=train_set.fingerprint(), mesh={"dp_shard": dp * ep, "ep": ep})  # fmt: skip
+    ranks.print(describe(model))
+    ranks.print(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
     run.restore(model, optimizer, scaler)
 
     # ---- training
@@ -94,11 +94,11 @@ def main(config: ExpertConfig) -> None:
         optimizer.zero_grad()
         run.log(step, loss_sum, grad_norm, lr)  # read one step late: the loop never waits for the device
         if step % config.train.log_every == 0 or run.wants_evaluation(step):
-            run.say(describe_load(layers))
+            ranks.print(describe_load(layers))
 
         if run.wants_evaluation(step):
             run.log_validation(step, evaluate(model, validation_set, plan.micro_size, ranks))
-        run.save_if_due(step, model, optimizer, scaler)
+        run.end_step(step, model, optimizer, scaler)
     run.finish()
     ranks.leave()  # a barrier, then the end of the process group
 
@@ -164,7 +164,7 @@ def evaluate(model: Transformer, dataset, batch_size: int, ranks: Ranks) -> floa
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, tokens
     place = ranks.rank, ranks.world_size
     # A forward gathers parameters: ranks with fewer samples join in with batches that do not count.
-    for tokens, targets in evaluation_batches(dataset, batch_size, ranks.device, *place, same_count=True):
+    for tokens, targets in evaluation_batches(dataset, batch_size, ranks.device, *place, equal_batches=True):
         sums += torch.stack([model(tokens, targets).double(), count_valid(targets)])
     dist.all_reduce(sums)  # ranks may have had different numbers of samples: sums, never a mean of means
     loss, count = sums.tolist()

@@ -41,7 +41,7 @@ def main(config: HybridConfig) -> None:
     # ---- data: ranks of one data-parallel coordinate work on the same samples, whatever their stage and slice
     train_set, validation_set = text_datasets(config.data, config.model.vocabulary)
     plan = BatchPlan(config.batch, len(train_set), config.seed, mesh["dp"].get_local_rank(), dp)
-    loader = Loader(train_set, plan, ranks.device)
+    loader = Loader(train_set, plan, ranks.device, config.data.workers)
     tokens_per_step = config.batch.global_size * config.data.sequence_length
 
     # ---- the lesson: this rank's stages, each cut and sharded, and the schedule that runs them. FSDP averages over the
@@ -58,12 +58,12 @@ def main(config: HybridConfig) -> None:
     first_and_last, _ = dist.new_subgroups_by_enumeration(ends)  # all ranks must call it
 
     flops = flops_per_token(config.model, config.data.sequence_length)
-    run = Run(config, ranks, f"hybrid: {config.schedule}", tokens_per_step, flops_per_unit=flops,
-              mesh={"pp": pp, "dp": dp, "tp": tp}, fingerprint=train_set.fingerprint())  # fmt: skip
-    run.say(describe(stages, plan.accumulation, pp))
+    run = Run(config, ranks, "hybrid", units_per_step=tokens_per_step, flops_per_unit=flops,
+              fingerprint=train_set.fingerprint(), mesh={"pp": pp, "dp_shard": dp, "tp": tp})  # fmt: skip
+    ranks.print(describe(stages, plan.accumulation, pp))
     kept = ranks.all_gather(sum(parameter.to_local().nbytes for parameter in model.parameters()))
-    run.say(f"the {pp} × {dp} × {tp} ranks keep {min(kept):,} to {max(kept):,} bytes of parameters each")
-    run.say(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
+    ranks.print(f"the {pp} × {dp} × {tp} ranks keep {min(kept):,} to {max(kept):,} bytes of parameters each")
+    ranks.print(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
     run.restore(state, optimizer)
 
     # ---- training
@@ -85,7 +85,7 @@ def main(config: HybridConfig) -> None:
         if run.wants_evaluation(step):
             batch_size = config.batch.global_size // dp
             run.log_validation(step, evaluate(schedule, stages, validation_set, batch_size, mesh, ranks))
-        run.save_if_due(step, state, optimizer)
+        run.end_step(step, state, optimizer)
     run.finish()
     ranks.leave()
 
@@ -138,7 +138,7 @@ def evaluate(schedule, stages, dataset, batch_size: int, mesh: DeviceMesh, ranks
     """Mean loss per token over the validation set: the sum of all losses divided by the count of all tokens."""
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, tokens
     place = mesh["dp"].get_local_rank(), mesh["dp"].size()
-    for tokens, targets in evaluation_batches(dataset, batch_size, ranks.device, *place, same_count=True):
+    for tokens, targets in evaluation_batches(dataset, batch_size, ranks.device, *place, equal_batches=True):
         tokens, targets = fill_up(tokens, targets, batch_size)
         losses = run_stages(schedule.eval, stages, tokens, targets)
         sums += torch.stack([losses.sum(), count_valid(targets) * stages[-1].is_last])

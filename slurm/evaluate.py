@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from common import checkpoint
+from common import checkpoint, manifest
 from common.config import Config, parse
 from common.data import text_datasets
 from common.data_sharding import evaluation_batches
@@ -28,7 +28,7 @@ from common.transformer import Transformer
 def main(folder: Path) -> None:
     if not (folder / "config.yaml").is_file():
         fail(f"{folder} holds no config.yaml; expected the folder of a run; give one of runs/")
-    saved = checkpoint.latest(folder / "checkpoints")
+    saved = manifest.latest(folder / "checkpoints")
     if saved is None:
         fail(f"{folder} holds no finished checkpoint; expected checkpoints/step_N; let the training save one first")
     config = parse(Config, ["--config", str(folder / "config.yaml")])
