@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from settings import FsdpConfig, ShardedConfig, describe, mesh_and_settings
+from settings import FsdpConfig, ShardedConfig, describe, mesh_shape
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -183,10 +184,14 @@ def one_step(settings: ShardedConfig, ranks: Ranks) -> tuple[Meter, Transformer]
     """Shard a model as fsdp/train.py does, take one step unseen, so that there is optimizer state, and one metered."""
     with torch.device("meta"):
         model = Transformer(settings.model)
-    _, options = mesh_and_settings(settings, ranks)
-    for block in model.blocks.values():
-        fully_shard(block, **options)
-    fully_shard(model, **options)
+    copies, shards = mesh_shape(settings.fsdp, ranks)
+    mesh = init_device_mesh(ranks.device.type, (copies, shards), mesh_dim_names=("dp_replicate", "dp_shard"))
+    for unit in (*model.blocks.values(), model):
+        fully_shard(
+            unit,
+            mesh=mesh if copies > 1 else mesh["dp_shard"],
+            reshard_after_forward=None if settings.fsdp.reshard_after_forward else False,
+        )
     model.to_empty(device=ranks.device)
     initialise(model, settings)
     optimizer = build_optimizer(model.parameters(), OptimizerConfig(), ranks.device)

@@ -25,10 +25,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
-from settings import FsdpConfig, ShardedConfig, mesh_and_settings, set_prefetch
+from settings import FsdpConfig, ShardedConfig, mesh_shape, set_prefetch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from train import initialise
 
@@ -121,10 +122,18 @@ def build(settings: ShardedConfig, ranks: Ranks) -> tuple[Transformer, torch.opt
         model = Transformer(settings.model)
     if settings.train.precision == "fp64":
         model.double()
-    _, options = mesh_and_settings(settings, ranks)
-    for block in model.blocks.values():
-        fully_shard(block, **options)
-    fully_shard(model, **options)
+    copies, shards = mesh_shape(settings.fsdp, ranks)
+    mesh = init_device_mesh(ranks.device.type, (copies, shards), mesh_dim_names=("dp_replicate", "dp_shard"))
+    low_precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.train.precision)
+    on_gpu = ranks.device.type == "cuda"
+    for unit in (*model.blocks.values(), model):
+        fully_shard(
+            unit,
+            mesh=mesh if copies > 1 else mesh["dp_shard"],
+            mp_policy=MixedPrecisionPolicy(low_precision, low_precision and torch.float32, cast_forward_inputs=False),
+            offload_policy=CPUOffloadPolicy(pin_memory=on_gpu) if settings.fsdp.cpu_offload else OffloadPolicy(),
+            reshard_after_forward=None if settings.fsdp.reshard_after_forward else False,
+        )
     set_prefetch(list(model.blocks.values()), settings.fsdp.prefetch)
     model.to_empty(device="cpu" if settings.fsdp.cpu_offload else ranks.device)
     initialise(model, settings)
