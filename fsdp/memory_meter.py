@@ -1,4 +1,4 @@
-"""What a rank holds at named moments of a step, in bytes of memory behind the tensors; and the collectives it enters."""
+"""What a rank holds at named moments of a step, in bytes behind the tensors, and which collectives it enters."""
 
 from collections import Counter
 from collections.abc import Iterable
