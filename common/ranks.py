@@ -86,6 +86,7 @@ class Ranks:
         """Print a line on rank 0, above a progress bar."""
         if self.is_main:
             tqdm.write(line)
+            sys.stdout.flush()  # a pipe holds it back otherwise
 
     def barrier(self) -> None:
         """Wait for all ranks; nothing to wait for without a process group."""

@@ -21,11 +21,12 @@ from finetune_settings import (
     export,
     score_by_answer,
 )
-from settings import describe, mesh_and_settings, set_prefetch
+from settings import describe, mesh_shape, set_prefetch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.utils import clip_grad_norm_
 
 from common.config import parse
@@ -73,11 +74,22 @@ def main(config: FinetuneConfig) -> None:
 
     # ---- the lesson: blocks are units as ever, adapters in those of their layers; frozen parameters are sharded and
     # gathered too, but have no gradient to reduce. Tied embedding and head are both left to the model's own unit.
-    mesh, settings = mesh_and_settings(config, ranks)
+    copies, shards = mesh_shape(config.fsdp, ranks)
+    mesh = init_device_mesh(ranks.device.type, (copies, shards), mesh_dim_names=("dp_replicate", "dp_shard"))
+    low_precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
+    policy = MixedPrecisionPolicy(
+        param_dtype=low_precision, reduce_dtype=low_precision and torch.float32, cast_forward_inputs=False
+    )
+    offload = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if config.fsdp.cpu_offload else OffloadPolicy()
     blocks = blocks_of(model)
-    for block in blocks:
-        fully_shard(block, **settings)
-    fully_shard(model, **settings)
+    for unit in (*blocks, model):
+        fully_shard(
+            unit,
+            mesh=mesh if copies > 1 else mesh["dp_shard"],
+            mp_policy=policy,
+            offload_policy=offload,
+            reshard_after_forward=None if config.fsdp.reshard_after_forward else False,  # None: all but the root
+        )
     set_prefetch(blocks, config.fsdp.prefetch)
     model.to_empty(device="cpu" if config.fsdp.cpu_offload else ranks.device)
     base = initialise(model, config, shape, ranks)
@@ -87,10 +99,10 @@ def main(config: FinetuneConfig) -> None:
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.train.precision == "fp16")
 
     run = Run(config, ranks, "fsdp", units_per_step=config.batch.global_size, unit="samples",
-              mesh=dict(zip(("dp_replicate", "dp_shard"), mesh.shape, strict=True)),
+              mesh={"dp_replicate": copies, "dp_shard": shards},
               fingerprint=train_set.fingerprint())  # fmt: skip
     ranks.print(f"training:   {train_set.describe()}\nvalidation: {validation_set.describe()}")
-    ranks.print(f"{describe(model, settings['mp_policy'])}\n{describe_trained(model)}")
+    ranks.print(f"{describe(model, policy)}\n{describe_trained(model)}")
     trained = Trained(model, base)  # frozen weights are not saved, but read again
     run.restore(trained, optimizer, scaler)
     trained.check_base()

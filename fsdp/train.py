@@ -10,9 +10,10 @@ is a policy of the wrapper, and what was a tensor on every rank is a DTensor, of
 
 import torch
 import torch.distributed as dist
-from settings import ShardedConfig, describe, mesh_and_settings, set_prefetch
+from settings import ShardedConfig, describe, mesh_shape, set_prefetch
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -47,13 +48,28 @@ def main(config: ShardedConfig) -> None:
     if config.train.compile:
         model.compile_blocks()
 
-    # ---- the lesson: each block is a unit, gathered and freed as one; the model itself takes what is left: embedding,
-    # last norm and head, so that a tied weight is in one unit with both its uses. Then shards get memory, and values.
-    mesh, settings = mesh_and_settings(config, ranks)
-    for block in model.blocks.values():
-        fully_shard(block, **settings)
-    fully_shard(model, **settings)
+    # ---- the lesson: ranks along dp_shard share one copy of the model; along dp_replicate there are further copies
+    copies, shards = mesh_shape(config.fsdp, ranks)
+    mesh = init_device_mesh(ranks.device.type, (copies, shards), mesh_dim_names=("dp_replicate", "dp_shard"))
+    # Units are gathered and computed with in the low precision; gradients are summed over the ranks in fp32. Inputs
+    # stay as they are: hidden states have the right precision already, and rotary angles would lose theirs.
+    low_precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
+    policy = MixedPrecisionPolicy(
+        param_dtype=low_precision, reduce_dtype=low_precision and torch.float32, cast_forward_inputs=False
+    )
+    offload = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if config.fsdp.cpu_offload else OffloadPolicy()
+    # Each block is a unit, gathered and freed as one. The model itself takes what is left: embedding, last norm and
+    # head, so that a tied weight is in one unit with both its uses.
+    for unit in (*model.blocks.values(), model):
+        fully_shard(
+            unit,
+            mesh=mesh if copies > 1 else mesh["dp_shard"],
+            mp_policy=policy,
+            offload_policy=offload,
+            reshard_after_forward=None if config.fsdp.reshard_after_forward else False,  # None: all but the root
+        )
     set_prefetch(list(model.blocks.values()), config.fsdp.prefetch)
+    # Now shards get memory, and values.
     model.to_empty(device="cpu" if config.fsdp.cpu_offload else ranks.device)
     initialise(model, config)
 
@@ -64,8 +80,8 @@ def main(config: ShardedConfig) -> None:
     flops = flops_per_token(config.model, config.data.sequence_length)
     run = Run(config, ranks, "fsdp", units_per_step=tokens_per_step, flops_per_unit=flops,
               fingerprint=train_set.fingerprint(),
-              mesh=dict(zip(("dp_replicate", "dp_shard"), mesh.shape, strict=True)))  # fmt: skip
-    ranks.print(describe(model, settings["mp_policy"]))
+              mesh={"dp_replicate": copies, "dp_shard": shards})  # fmt: skip
+    ranks.print(describe(model, policy))
     ranks.print(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
     run.restore(model, optimizer, scaler)
 

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from context_settings import ContextConfig, choose_attention, context_mesh
-from mesh_settings import data_parallel_settings, describe
+from mesh_settings import describe
 from torch import Tensor
 from torch.distributed._functional_collectives import all_gather_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.experimental._attention import set_rotate_method
@@ -61,10 +61,14 @@ def main(config: ContextConfig) -> None:
         model.checkpoint_activations()
     if config.train.compile:
         model.compile_blocks()
-    settings = data_parallel_settings(config, mesh._flatten("dp_cp"))  # no public name yet: torchtitan calls it, too
-    for block in model.blocks.values():
-        fully_shard(block, **settings)
-    fully_shard(model, **settings)
+    # Low precision to gather and compute with, fp32 for shards and for sums over the ranks, as in fsdp/train.py.
+    low_precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
+    policy = MixedPrecisionPolicy(
+        param_dtype=low_precision, reduce_dtype=low_precision and torch.float32, cast_forward_inputs=False
+    )
+    all_ranks = mesh._flatten("dp_cp")  # no public name yet: torchtitan calls it, too
+    for unit in (*model.blocks.values(), model):
+        fully_shard(unit, mesh=all_ranks, mp_policy=policy)
     model.to_empty(device=ranks.device)
     initialise(model, config)
 

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from expert_layers import ExpertParallel, describe_load
 from expert_settings import ExpertConfig, expert_mesh
-from mesh_settings import data_parallel_settings, describe
+from mesh_settings import describe
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -121,13 +121,18 @@ def shard(model: Transformer, config: ExpertConfig, mesh: DeviceMesh) -> None:
     and FSDP adds those of the other groups. FSDP would average, over dp ranks here and over all ranks elsewhere: two
     scales. So it shall sum everywhere, and the loss alone is divided, by the tokens of the global batch.
     """
-    settings = data_parallel_settings(config, mesh._flatten("dp_ep"))  # no public name yet: torchtitan calls it, too
+    # Low precision to gather and compute with, fp32 for shards and for sums over the ranks, as in fsdp/train.py.
+    low_precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
+    policy = MixedPrecisionPolicy(
+        param_dtype=low_precision, reduce_dtype=low_precision and torch.float32, cast_forward_inputs=False
+    )
+    all_ranks = mesh._flatten("dp_ep")  # no public name yet: torchtitan calls it, too
     for block in model.blocks.values():
-        fully_shard(block.ffn.router, **settings)
+        fully_shard(block.ffn.router, mesh=all_ranks, mp_policy=policy)
         # Along the rows of each expert: along the experts there may be fewer than shards.
-        fully_shard(block.ffn, **settings | {"mesh": mesh["dp"]}, shard_placement_fn=lambda _: Shard(1))
-        fully_shard(block, **settings)
-    fully_shard(model, **settings)
+        fully_shard(block.ffn, mesh=mesh["dp"], mp_policy=policy, shard_placement_fn=lambda _: Shard(1))
+        fully_shard(block, mesh=all_ranks, mp_policy=policy)
+    fully_shard(model, mesh=all_ranks, mp_policy=policy)
     for unit in model.modules():
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(1.0)

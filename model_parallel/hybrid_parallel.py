@@ -11,13 +11,13 @@ shards those of `fsdp/train.py`. What counts is the order, inside out, and who s
 
 import torch
 import torch.distributed as dist
-from mesh_settings import HybridConfig, data_parallel_settings, hybrid_mesh
+from mesh_settings import HybridConfig, hybrid_mesh
 from pipeline_parallel import build_schedule, clip_grad_norm, describe, fill_up, join_stages, run_schedule, split_layers
 from pipeline_state import StageState, tied_weight
 from tensor_parallel import initialise, tensor_parallelize
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor.parallel import loss_parallel
 
@@ -101,9 +101,11 @@ def build_stages(config: HybridConfig, mesh: DeviceMesh, ranks: Ranks) -> list[P
     """
     count = mesh["pp"].size() * config.stages_per_rank
     layers = split_layers(config.model, count)
-    settings = data_parallel_settings(config, mesh["dp"])
-    # Whole from a step's first micro-batch to its last: else each micro-batch would gather every block twice.
-    settings["reshard_after_forward"] = False
+    # Low precision to gather and compute with, fp32 for shards and for sums over the ranks, as in fsdp/train.py.
+    low_precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
+    policy = MixedPrecisionPolicy(
+        param_dtype=low_precision, reduce_dtype=low_precision and torch.float32, cast_forward_inputs=False
+    )
     stages = []
     for number in range(mesh["pp"].get_local_rank(), count, mesh["pp"].size()):
         is_last = number == count - 1
@@ -114,9 +116,9 @@ def build_stages(config: HybridConfig, mesh: DeviceMesh, ranks: Ranks) -> list[P
         tensor_parallelize(part, mesh["tp"], config.sequence_parallel)
         if config.train.activation_checkpointing:
             part.checkpoint_activations()
-        for block in part.blocks.values():
-            fully_shard(block, **settings)
-        fully_shard(part, **settings)
+        for unit in (*part.blocks.values(), part):
+            # Whole from a step's first micro-batch to its last. Resharded, each micro-batch would gather it twice.
+            fully_shard(unit, mesh=mesh["dp"], mp_policy=policy, reshard_after_forward=False)
         part.to_empty(device=ranks.device)
         initialise(part, config)
         if is_last:  # the schedule joins what micro-batches give: of a sum of losses, a vector of one number each

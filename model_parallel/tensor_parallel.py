@@ -10,10 +10,10 @@ of one tensor group see the same samples; and the loss is computed from logits t
 
 import torch
 import torch.distributed as dist
-from mesh_settings import TensorConfig, data_parallel_settings, describe, tensor_mesh
+from mesh_settings import TensorConfig, describe, tensor_mesh
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -60,10 +60,13 @@ def main(config: TensorConfig) -> None:
         model.checkpoint_activations()
     if config.train.compile:
         model.compile_blocks()
-    settings = data_parallel_settings(config, mesh["dp"])
-    for block in model.blocks.values():
-        fully_shard(block, **settings)
-    fully_shard(model, **settings)
+    # Low precision to gather and compute with, fp32 for shards and for sums over the ranks, as in fsdp/train.py.
+    low_precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
+    policy = MixedPrecisionPolicy(
+        param_dtype=low_precision, reduce_dtype=low_precision and torch.float32, cast_forward_inputs=False
+    )
+    for unit in (*model.blocks.values(), model):
+        fully_shard(unit, mesh=mesh["dp"], mp_policy=policy)
     model.to_empty(device=ranks.device)
     initialise(model, config)
 
@@ -115,26 +118,25 @@ def tensor_parallelize(model: Transformer, mesh: DeviceMesh, sequence_parallel: 
     """
     hidden = Shard(1) if sequence_parallel else Replicate()  # of activations (batch, sequence, width) between layers
     norm = SequenceParallel() if sequence_parallel else Replicated()
-    # Entering: whole on every rank, for several projections at once. Backward sums what each rank's slice gave.
-    enter = {"input_layouts": (hidden, None, None, None), "desired_input_layouts": (Replicate(), None, None, None)}
-    enter_ffn = {"input_layouts": (hidden,), "desired_input_layouts": (Replicate(),)}
-    enter_head = {"input_layouts": (hidden, None, None), "desired_input_layouts": (Replicate(), None, None)}
-    rows = RowwiseParallel(output_layouts=hidden)
     plan = {
         "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=hidden),  # cut along the vocabulary
         "blocks.*.attention_norm": norm,
-        "blocks.*.attention": PrepareModuleInput(**enter),
+        # Entering, hidden states become whole on every rank, once for all three projections. Backward sums the
+        # gradients of the ranks' slices. The other three inputs (None) are no activations.
+        "blocks.*.attention": PrepareModuleInput(
+            input_layouts=(hidden, None, None, None), desired_input_layouts=(Replicate(), None, None, None)
+        ),
         "blocks.*.attention.query": ColwiseParallel(),
         "blocks.*.attention.key": ColwiseParallel(),
         "blocks.*.attention.value": ColwiseParallel(),
-        "blocks.*.attention.output": rows,
+        "blocks.*.attention.output": RowwiseParallel(output_layouts=hidden),
         "blocks.*.ffn_norm": norm,
-        "blocks.*.ffn": PrepareModuleInput(**enter_ffn),
+        "blocks.*.ffn": PrepareModuleInput(input_layouts=(hidden,), desired_input_layouts=(Replicate(),)),
         "blocks.*.ffn.gate": ColwiseParallel(),
         "blocks.*.ffn.up": ColwiseParallel(),
-        "blocks.*.ffn.down": rows,
+        "blocks.*.ffn.down": RowwiseParallel(output_layouts=hidden),
         "norm": norm,
-        "head": PrepareModuleInput(**enter_head),
+        "head": PrepareModuleInput(input_layouts=(hidden, None, None), desired_input_layouts=(Replicate(), None, None)),
     }
     here = dict(model.named_children())  # a pipeline stage has no embedding, or no head
     parallelize_module(model, mesh, {name: style for name, style in plan.items() if name.split(".")[0] in here})
