@@ -21,11 +21,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from train import initialise
 
 from common.config import parse
 from common.data import TextConfig
 from common.data_sharding import derive_seed
+from common.meta_device import fill_shards
 from common.optimizer import OptimizerConfig, build_optimizer
 from common.ranks import Ranks, fail, join
 from common.transformer import ModelConfig, Transformer
@@ -188,7 +188,7 @@ def one_step(settings: ShardedConfig, ranks: Ranks) -> tuple[Meter, Transformer]
         fully_shard(block, **options)
     fully_shard(model, **options)
     model.to_empty(device=ranks.device)
-    initialise(model, settings)
+    fill_shards(model, settings.seed)
     optimizer = build_optimizer(model.parameters(), OptimizerConfig(), ranks.device)
     meter = Meter(model, optimizer)
     meter.is_on = True

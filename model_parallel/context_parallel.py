@@ -31,10 +31,11 @@ from common.data import text_datasets
 from common.data_sharding import BatchPlan, Loader, evaluation_batches
 from common.flops import explain, flops_per_token
 from common.loss import count_valid
+from common.meta_device import fill_shards
 from common.optimizer import build_optimizer, learning_rate, set_learning_rate
 from common.ranks import join
 from common.run import Run
-from common.transformer import Transformer, causal_attention, initial_weight
+from common.transformer import Transformer, causal_attention
 
 
 @record  # torchrun then reports the rank that failed first, and why
@@ -66,7 +67,7 @@ def main(config: ContextConfig) -> None:
         fully_shard(block, **settings)
     fully_shard(model, **settings)
     model.to_empty(device=ranks.device)
-    initialise(model, config)
+    fill_shards(model, config.seed)
 
     # ---- optimizer; the scaler keeps small fp16 gradients from vanishing, and does nothing otherwise
     optimizer = build_optimizer(model.parameters(), config.optimizer, ranks.device)
@@ -169,14 +170,6 @@ def gathering_attention(mesh: DeviceMesh) -> Callable[..., Tensor]:
         return torch.cat(outputs, dim=2)
 
     return attend
-
-
-@torch.no_grad()
-def initialise(model: Transformer, config: ContextConfig) -> None:
-    """Give every shard its part of the weights that one process would start with; no more than one is ever whole."""
-    for name, parameter in model.named_parameters():
-        whole = initial_weight(name, parameter.shape, config.model, config.seed)
-        parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None))
 
 
 @torch.no_grad()

@@ -71,8 +71,8 @@ def test_one_strategy_alone(launch):
      "predict = lesson.predict\n"
      "lesson.predict = lambda model, reshard, *rest: predict(model, not reshard, *rest)", "all-gathers"),
     # Gradients that are never sent.
-    ("step = lesson.initialise\n"
-     "lesson.initialise = lambda model, s: (step(model, s), model.set_requires_gradient_sync(False))",
+    ("step = lesson.fill_shards\n"
+     "lesson.fill_shards = lambda model, s: (step(model, s), model.set_requires_gradient_sync(False))",
      "of gradient shards"),
 ], ids=["one unit", "other strategy", "no sync"])  # fmt: skip
 def test_the_script_fails_when_it_finds_something_else(group, tmp_path, mistake, words):
