@@ -1,14 +1,14 @@
 """The initial weights of a model that was born on the meta device and then cut into shards.
 
-    with torch.device("meta"):
-        model = Transformer(config.model)     # shapes, no memory
-    fully_shard(model)                        # or tensor parallelism, or both
-    model.to_empty(device=ranks.device)       # each rank allocates its shards alone
-    fill_shards(model, config.seed)
+with torch.device("meta"):
+    model = Transformer(config.model)     # shapes, no memory
+fully_shard(model)                        # or tensor parallelism, or both
+model.to_empty(device=ranks.device)       # each rank allocates its shards alone
+fill_shards(model, config.seed)
 """
 
 import torch
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common.transformer import Transformer, initial_weight
 
@@ -24,4 +24,5 @@ def fill_shards(model: Transformer, seed: int) -> None:
     """
     for name, parameter in model.named_parameters():
         whole = initial_weight(name, parameter.shape, model.config, seed)
+        assert isinstance(parameter, DTensor)
         parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None))

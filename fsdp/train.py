@@ -13,7 +13,6 @@ import torch.distributed as dist
 from settings import ShardedConfig, describe, mesh_and_settings, set_prefetch
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor
 from torch.nn.utils import clip_grad_norm_
 
 from common.config import parse

@@ -19,7 +19,7 @@ from mesh_settings import data_parallel_settings, describe
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Shard
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from common.config import parse

@@ -4,8 +4,8 @@
     sbatch slurm/evaluate.sbatch runs/NAME
 
 Model, data, seed, precision and batch come from the run's own config.yaml. The run may be of any script that trains the
-transformer on text, on any number of ranks: the checkpoint is resharded to this one process, and the loss is the one that
-the run reported.
+transformer on text, on any number of ranks: the checkpoint is resharded to this one process, and the loss is the one
+that the run reported.
 """
 
 import json

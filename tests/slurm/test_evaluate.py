@@ -1,4 +1,4 @@
-"""slurm/evaluate.py: the loss that a run of any lesson reported, and one line for a run that is no transformer on text."""
+"""slurm/evaluate.py: the loss that a run of any lesson reported, and one line for a run of another kind."""
 
 import json
 import sys
