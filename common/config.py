@@ -81,7 +81,7 @@ class RunConfig:
     timeout_s: float = 600.0
     """Seconds after which a collective that a rank did not enter becomes an error."""
     network_profile: str = "default"
-    """Which NCCL and Gloo variables to set; see python -m common.network --explain."""
+    """Which NCCL and Gloo variables to set; see python slurm/network.py --explain."""
     tensorboard: bool = False
     """Also write curves into the run folder for TensorBoard: tensorboard --logdir runs."""
     wandb: bool = False
@@ -222,6 +222,28 @@ def parse(config_class: type[ConfigT], arguments: list[str] | None = None) -> Co
         fail(_explain(str(error), parser, arguments))
     except (ValueError, TypeError) as error:  # from the __post_init__ of a section
         fail(f"{', '.join(_config_files(arguments)) or 'command line'}: {error}")
+
+
+def read_run_config(folder: Path) -> Config:
+    """Read what an evaluation needs from a run's config.yaml: model, data, batch, seed and train.precision.
+
+    Other settings have their defaults. A run's script may have sections of its own (fsdp, mesh, deepspeed …).
+
+    Raises:
+        ValueError: the run's model is no transformer, its data are no text, or the file is not valid YAML.
+    """
+    path = folder / "config.yaml"
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    sections = {"model": ModelConfig, "data": TextConfig, "batch": BatchConfig}
+    wanted = {name: tree.get(name, {}) for name in sections}
+    if unknown := _flatten(wanted).keys() - _fields(Config):
+        raise ValueError(f"{path}: {sorted(unknown)[0]} is no setting of a transformer that trains on text")
+    precision = tree.get("train", {}).get("precision", "fp32")
+    values = {name: section(**wanted[name]) for name, section in sections.items()}
+    return Config(train=TrainConfig(precision=precision), seed=tree.get("seed", 1234), **values)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

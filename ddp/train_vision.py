@@ -21,13 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from common.config import parse
-from common.data import image_datasets
 from common.data_sharding import BatchPlan, Loader, evaluation_batches
 from common.flops import forward_flops
 from common.optimizer import build_optimizer, learning_rate, set_learning_rate
 from common.ranks import Ranks, fail, join
 from common.run import Run
-from common.vision import VisionConfig, build_model
+from vision.images import image_datasets
+from vision.networks import VisionConfig, average_statistics, build_model
 
 
 @record  # torchrun then reports the rank that failed first, and why
@@ -115,24 +115,6 @@ def main(config: VisionConfig) -> None:
         run.end_step(step, model, optimizer, scaler)
     run.finish()
     ranks.leave()  # a barrier, then the end of the process group
-
-
-@torch.no_grad()
-def average_statistics(model: nn.Module, ranks: Ranks) -> None:
-    """Give all ranks the mean of their BatchNorm running statistics; nothing to do for a model without any.
-
-    Training never reads them, so each rank may gather its own during a step. Evaluation, checkpoints and the
-    replica check do read them, and must find the same on all ranks. The mean has seen the images of all
-    ranks, where DDP's own broadcast keeps only what rank 0 saw.
-    """
-    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]  # counters agree anyway
-    if not statistics:
-        return
-    flat = torch.cat([buffer.flatten() for buffer in statistics])  # one all-reduce for all layers
-    dist.all_reduce(flat)
-    flat /= ranks.world_size
-    for buffer, mean in zip(statistics, flat.split([b.numel() for b in statistics]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
 
 
 @torch.no_grad()

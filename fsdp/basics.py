@@ -20,11 +20,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from train import initialise
 
 from common.config import parse
 from common.data import TextConfig
 from common.data_sharding import derive_seed
+from common.meta_device import fill_shards
 from common.optimizer import OptimizerConfig, build_optimizer
 from common.ranks import Ranks, fail, join
 from common.transformer import ModelConfig, Transformer
@@ -110,7 +110,7 @@ def one_step(settings: ShardedConfig, ranks: Ranks) -> tuple[Meter, Transformer]
             reshard_after_forward=None if settings.fsdp.reshard_after_forward else False,
         )
     model.to_empty(device=ranks.device)
-    initialise(model, settings)
+    fill_shards(model, settings.seed)
     optimizer = build_optimizer(model.parameters(), OptimizerConfig(), ranks.device)
     meter = Meter(model, optimizer)
     meter.is_on = True

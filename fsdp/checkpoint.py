@@ -31,12 +31,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from train import initialise
 
 from common import checkpoint, manifest
 from common.config import parse, to_dict
 from common.data_sharding import derive_seed
 from common.hf_weights import save_hugging_face
+from common.meta_device import fill_shards
 from common.optimizer import build_optimizer
 from common.ranks import Ranks, fail, join, single_process
 from common.transformer import ModelConfig, Transformer
@@ -136,7 +136,7 @@ def build(settings: ShardedConfig, ranks: Ranks) -> tuple[Transformer, torch.opt
         )
     set_prefetch(list(model.blocks.values()), settings.fsdp.prefetch)
     model.to_empty(device="cpu" if settings.fsdp.cpu_offload else ranks.device)
-    initialise(model, settings)
+    fill_shards(model, settings.seed)
     return model, build_optimizer(model.parameters(), settings.optimizer, ranks.device)
 
 

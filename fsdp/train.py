@@ -14,7 +14,6 @@ from settings import ShardedConfig, describe, mesh_shape, set_prefetch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
 from torch.nn.utils import clip_grad_norm_
 
 from common.config import parse
@@ -22,10 +21,11 @@ from common.data import text_datasets
 from common.data_sharding import BatchPlan, Loader, evaluation_batches
 from common.flops import explain, flops_per_token
 from common.loss import count_valid
+from common.meta_device import fill_shards
 from common.optimizer import build_optimizer, learning_rate, set_learning_rate
 from common.ranks import Ranks, join
 from common.run import Run
-from common.transformer import Transformer, initial_weight
+from common.transformer import Transformer
 
 
 @record  # torchrun then reports the rank that failed first, and why
@@ -71,7 +71,7 @@ def main(config: ShardedConfig) -> None:
     set_prefetch(list(model.blocks.values()), config.fsdp.prefetch)
     # Now shards get memory, and values.
     model.to_empty(device="cpu" if config.fsdp.cpu_offload else ranks.device)
-    initialise(model, config)
+    fill_shards(model, config.seed)
 
     # ---- optimizer; the scaler keeps small fp16 gradients from vanishing, and does nothing otherwise
     optimizer = build_optimizer(model.parameters(), config.optimizer, ranks.device)
@@ -110,14 +110,6 @@ def main(config: ShardedConfig) -> None:
         run.end_step(step, model, optimizer, scaler)
     run.finish()
     ranks.leave()  # a barrier, then the end of the process group
-
-
-@torch.no_grad()
-def initialise(model: Transformer, config: ShardedConfig) -> None:
-    """Give every shard its part of the weights that one process would start with; no more than one is ever whole."""
-    for name, parameter in model.named_parameters():
-        whole = initial_weight(name, parameter.shape, config.model, config.seed)
-        parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None))
 
 
 @torch.no_grad()

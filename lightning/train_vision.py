@@ -17,7 +17,6 @@ from typing import Any
 
 import environment  # noqa: F401  (first: it says when lightning is missing)
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
@@ -27,13 +26,13 @@ from torch.distributed.elastic.multiprocessing import errors as elastic
 from torch.nn.utils import clip_grad_norm_
 
 from common.config import parse
-from common.data import ImageDataset, image_datasets
 from common.data_sharding import BatchPlan, Loader, evaluation_batches
 from common.flops import forward_flops
 from common.optimizer import build_optimizer, learning_rate, set_learning_rate
 from common.ranks import Ranks, fail
 from common.run import Run
-from common.vision import VisionConfig, build_model
+from vision.images import ImageDataset, image_datasets
+from vision.networks import VisionConfig, average_statistics, build_model
 
 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # by a torch that is newer than Lightning
 
@@ -282,24 +281,6 @@ class Record(Callback):
     def on_train_end(self, trainer: Trainer, module: VisionModule) -> None:
         """Write curve and summary."""
         self.run.finish()
-
-
-@torch.no_grad()
-def average_statistics(model: nn.Module, ranks: Ranks) -> None:
-    """Give all ranks the mean of their BatchNorm running statistics; nothing to do for a model without any.
-
-    Training never reads them, so each rank may gather its own during a step. Evaluation, checkpoints and the
-    replica check do read them, and must find the same on all ranks. The mean has seen the images of all
-    ranks, where DDP's own broadcast keeps only what rank 0 saw.
-    """
-    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]  # counters agree anyway
-    if not statistics:
-        return
-    flat = torch.cat([buffer.flatten() for buffer in statistics])  # one all-reduce for all layers
-    dist.all_reduce(flat)
-    flat /= ranks.world_size
-    for buffer, mean in zip(statistics, flat.split([b.numel() for b in statistics]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
 
 
 if __name__ == "__main__":

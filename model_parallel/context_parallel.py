@@ -21,7 +21,6 @@ from torch.distributed._functional_collectives import all_gather_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.experimental._attention import set_rotate_method
 from torch.nn.utils import clip_grad_norm_
@@ -31,10 +30,11 @@ from common.data import text_datasets
 from common.data_sharding import BatchPlan, Loader, evaluation_batches
 from common.flops import explain, flops_per_token
 from common.loss import count_valid
+from common.meta_device import fill_shards
 from common.optimizer import build_optimizer, learning_rate, set_learning_rate
 from common.ranks import join
 from common.run import Run
-from common.transformer import Transformer, causal_attention, initial_weight
+from common.transformer import Transformer, causal_attention
 
 
 @record  # torchrun then reports the rank that failed first, and why
@@ -70,7 +70,7 @@ def main(config: ContextConfig) -> None:
     for unit in (*model.blocks.values(), model):
         fully_shard(unit, mesh=all_ranks, mp_policy=policy)
     model.to_empty(device=ranks.device)
-    initialise(model, config)
+    fill_shards(model, config.seed)
 
     # ---- optimizer; the scaler keeps small fp16 gradients from vanishing, and does nothing otherwise
     optimizer = build_optimizer(model.parameters(), config.optimizer, ranks.device)
@@ -173,14 +173,6 @@ def gathering_attention(mesh: DeviceMesh) -> Callable[..., Tensor]:
         return torch.cat(outputs, dim=2)
 
     return attend
-
-
-@torch.no_grad()
-def initialise(model: Transformer, config: ContextConfig) -> None:
-    """Give every shard its part of the weights that one process would start with; no more than one is ever whole."""
-    for name, parameter in model.named_parameters():
-        whole = initial_weight(name, parameter.shape, config.model, config.seed)
-        parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None))
 
 
 @torch.no_grad()

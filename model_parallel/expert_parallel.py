@@ -19,7 +19,7 @@ from mesh_settings import describe
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Shard
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from common.config import parse
@@ -27,10 +27,11 @@ from common.data import text_datasets
 from common.data_sharding import BatchPlan, Loader, evaluation_batches
 from common.flops import explain, flops_per_token
 from common.loss import count_valid
+from common.meta_device import fill_shards
 from common.optimizer import build_optimizer, learning_rate, set_learning_rate
 from common.ranks import Ranks, join
 from common.run import Run
-from common.transformer import Transformer, initial_weight
+from common.transformer import Transformer
 
 
 @record  # torchrun then reports the rank that failed first, and why
@@ -58,7 +59,7 @@ def main(config: ExpertConfig) -> None:
         model.compile_blocks()
     shard(model, config, mesh)
     model.to_empty(device=ranks.device)
-    initialise(model, config)
+    fill_shards(model, config.seed)
 
     # ---- optimizer; the scaler keeps small fp16 gradients from vanishing, and does nothing otherwise
     optimizer = build_optimizer(model.parameters(), config.optimizer, ranks.device)
@@ -153,14 +154,6 @@ def clip_grad_norm(parameters: Iterable[torch.nn.Parameter], largest: float) -> 
     for kind in kinds.values():
         clip_grads_with_norm_(kind, largest, norm)
     return norm
-
-
-@torch.no_grad()
-def initialise(model: Transformer, config: ExpertConfig) -> None:
-    """Give every shard its part of the weights that one process would start with; no more than one is ever whole."""
-    for name, parameter in model.named_parameters():
-        whole = initial_weight(name, parameter.shape, config.model, config.seed)
-        parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from mesh_settings import HybridConfig, hybrid_mesh
 from pipeline_parallel import build_schedule, clip_grad_norm, describe, fill_up, join_stages, run_schedule, split_layers
 from pipeline_state import StageState, tied_weight
-from tensor_parallel import initialise, tensor_parallelize
+from tensor_parallel import tensor_parallelize
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -26,6 +26,7 @@ from common.data import text_datasets
 from common.data_sharding import BatchPlan, Loader, evaluation_batches
 from common.flops import explain, flops_per_token
 from common.loss import count_valid
+from common.meta_device import fill_shards
 from common.optimizer import build_optimizer, learning_rate, set_learning_rate
 from common.ranks import Ranks, join
 from common.run import Run
@@ -120,7 +121,7 @@ def build_stages(config: HybridConfig, mesh: DeviceMesh, ranks: Ranks) -> list[P
             # Whole from a step's first micro-batch to its last. Resharded, each micro-batch would gather it twice.
             fully_shard(unit, mesh=mesh["dp"], mp_policy=policy, reshard_after_forward=False)
         part.to_empty(device=ranks.device)
-        initialise(part, config)
+        fill_shards(part, config.seed)
         if is_last:  # the schedule joins what micro-batches give: of a sum of losses, a vector of one number each
             part.register_forward_hook(lambda _, inputs, loss_sum: loss_sum.to_local().reshape(1))
         stages.append(PipelineStage(part, number, count, ranks.device, group=mesh["pp"].get_group()))

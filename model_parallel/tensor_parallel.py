@@ -31,10 +31,11 @@ from common.data import text_datasets
 from common.data_sharding import BatchPlan, Loader, evaluation_batches
 from common.flops import explain, flops_per_token
 from common.loss import count_valid
+from common.meta_device import fill_shards
 from common.optimizer import build_optimizer, learning_rate, set_learning_rate
 from common.ranks import Ranks, join
 from common.run import Run
-from common.transformer import Transformer, initial_weight
+from common.transformer import Transformer
 
 
 @record  # torchrun then reports the rank that failed first, and why
@@ -68,7 +69,7 @@ def main(config: TensorConfig) -> None:
     for unit in (*model.blocks.values(), model):
         fully_shard(unit, mesh=mesh["dp"], mp_policy=policy)
     model.to_empty(device=ranks.device)
-    initialise(model, config)
+    fill_shards(model, config.seed)
 
     # ---- optimizer; the scaler keeps small fp16 gradients from vanishing, and does nothing otherwise
     optimizer = build_optimizer(model.parameters(), config.optimizer, ranks.device)
@@ -153,14 +154,6 @@ class Replicated(ParallelStyle):
             return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
 
         return distribute_module(module, mesh, None, enter, lambda _, output, mesh: output.to_local())
-
-
-@torch.no_grad()
-def initialise(model: Transformer, config: TensorConfig) -> None:
-    """Give every shard its part of the weights that one process would start with; no more than one is ever whole."""
-    for name, parameter in model.named_parameters():
-        whole = initial_weight(name, parameter.shape, config.model, config.seed)
-        parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None))
 
 
 @torch.no_grad()

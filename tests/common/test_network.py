@@ -11,6 +11,7 @@ import torch.distributed as dist
 from launching import Group, OnRanks
 
 from common import network
+from slurm.network import LEFT_ALONE, PREFIXES
 
 ON_RANKS = OnRanks("tests/common/network_on_ranks.py")
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,10 +19,14 @@ DIAGNOSTICS = {"TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT", "NCCL_DEBUG
 REAL = network.interfaces()[0]
 
 
-def command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(network.PREFIXES)}
-    line = [sys.executable, "-m", "common.network", *arguments]
+def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(PREFIXES)}
+    line = [sys.executable, *arguments]
     return subprocess.run(line, cwd=ROOT, env=clean | variables, capture_output=True, text=True, timeout=120)
+
+
+def command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return python("slurm/network.py", *arguments, **variables)
 
 
 def test_default_sets_diagnostics_and_no_tuning():
@@ -37,7 +42,7 @@ def test_every_profile_works_here_has_reasons_and_contradicts_nothing(profile):
     assert network.apply(profile, {}) == {v.name: v.value for v in rows}
     assert set(network.DIAGNOSTICS) <= set(rows)
     assert all(v.value and v.what and v.why for v in rows)
-    assert not {v.name for v in rows} & {v.name for v in network.LEFT_ALONE}
+    assert not {v.name for v in rows} & {v.name for v in LEFT_ALONE}
 
 
 def test_gcp_and_ethernet_stay_within_nccls_64_sockets():
@@ -138,7 +143,7 @@ def test_explain_names_every_variable_who_set_it_and_why():
     )  # fmt: skip
     assert run.returncode == 0
     cells = {line.split()[0]: re.split(r"\s{2,}", line) for line in run.stdout.splitlines() if line[0] != " "}
-    assert {v.name for v in (*network.rows("gcp"), *network.LEFT_ALONE)} <= set(cells)
+    assert {v.name for v in (*network.rows("gcp"), *LEFT_ALONE)} <= set(cells)
     assert cells["NCCL_IB_DISABLE"][1:3] == ["1", "gcp"]
     assert cells["NCCL_DEBUG"][1:3] == ["INFO", "you (gcp: WARN)"]
     assert cells["NCCL_NET_GDR_LEVEL"][1:3] == ["2", "you"]

@@ -5,25 +5,18 @@ import json
 import pytest
 import torch
 
-from common import question_answering
 from common.data import standard_library_files
-from common.question_answering import (
+from finetuning.scores import exact_match, f1, most_frequent_answer, score
+from finetuning.squad import (
     Question,
-    QuestionDataset,
     QuestionsConfig,
-    exact_match,
-    f1,
-    left_padded,
-    load_tokenizer,
-    most_frequent_answer,
-    normalise,
-    prompt_of,
+    normalize,
     question_sets,
     questions_of,
     read_questions,
-    score,
     standard_library_questions,
 )
+from finetuning.tokens import QuestionDataset, left_padded, load_tokenizer, prompt_of
 
 CONTEXT = "The river Oder, 854 km long, flows north."
 QUESTION = Question("1", CONTEXT, "Which river?", ("Oder", "the river Oder"), CONTEXT.index("Oder"))
@@ -88,7 +81,7 @@ def embedded(request, tmp_path_factory):
     if request.param == "a part":
         files = [path for number, path in enumerate(files) if number % 8 == 0 or path.name == "textwrap.py"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(question_answering, "standard_library_files", lambda: files)
+        patch.setattr(squad, "standard_library_files", lambda: files)
         parts = standard_library_questions()
     for name, part in zip(("train.json", "validation.json"), parts, strict=True):
         (folder / name).write_text(json.dumps(part))
@@ -138,7 +131,7 @@ def test_bytes(tokenizer):
 
 
 def test_only_the_answer_counts(tokenizer):
-    dataset = QuestionDataset([QUESTION, NOTHING], tokenizer, 96, keep_answer=True)
+    dataset = QuestionDataset([QUESTION, NOTHING], tokenizer, 96, training=True)
     for (tokens, targets), question, answer in zip(dataset, (QUESTION, NOTHING), (" Oder", ""), strict=False):
         prompt = f"{CONTEXT}\nQuestion: {question.question}\nAnswer:"
         counted = targets != -100
@@ -162,11 +155,11 @@ def test_a_long_context_is_shortened_around_its_answer(tokenizer):
         kept = min(114, length - fixed)  # one target more than tokens, the end
         if kept < 6:
             with pytest.raises(SystemExit):
-                QuestionDataset([question], tokenizer, length, keep_answer=True)
+                QuestionDataset([question], tokenizer, length, training=True)
             dataset = QuestionDataset([question, NOTHING], tokenizer, length, True) if length > 35 else None
             assert dataset is None or dataset.refused == 1
             continue
-        dataset = QuestionDataset([question], tokenizer, length, keep_answer=True)
+        dataset = QuestionDataset([question], tokenizer, length, training=True)
         tokens, targets = dataset[0]
         assert (dataset.refused, dataset.shortened) == (0, int(kept < 114))
         prompt = text_of(tokenizer, tokens).split("\nQuestion:")[0]
@@ -179,11 +172,11 @@ def test_a_long_context_is_shortened_around_its_answer(tokenizer):
 def test_nobody_looks_at_the_answer_in_evaluation(tokenizer):
     for start in (10, 30):
         question = Question("1", CONTEXT, "Which?", (CONTEXT[start : start + 4],), start)
-        prompt, cut = prompt_of(question, tokenizer, 40, keep_answer=False)
+        prompt, cut = prompt_of(question, tokenizer, 40, training=False)
         assert cut
         assert len(prompt) == 40
         assert text_of(tokenizer, prompt) == CONTEXT[:15] + "\nQuestion: Which?\nAnswer:"
-    prompt, cut = prompt_of(QUESTION, tokenizer, 12, keep_answer=False)  # not even the question fits: its end
+    prompt, cut = prompt_of(QUESTION, tokenizer, 12, training=False)  # not even the question fits: its end
     assert (text_of(tokenizer, prompt), cut) == ("ver?\nAnswer:", True)
 
 
@@ -208,8 +201,8 @@ def test_prompts_end_together():
     ("„Oder“", "„oder“"),  # ASCII punctuation only
     ("two\n words\t", "two words"),
 ])  # fmt: skip
-def test_normalise(text, expected):
-    assert normalise(text) == expected
+def test_normalize(text, expected):
+    assert normalize(text) == expected
 
 
 @pytest.mark.parametrize(("answer", "gold", "exact", "overlap"), [

@@ -38,7 +38,7 @@ def other_settings(run):
     (["--batch.global_size", "25"], ["global_size = 25", "2 data-parallel ranks"]),
     (["--batch.micro_size", "5"], ["micro_size = 5", "12 samples", "[1, 2, 3, 4, 6, 12]"]),
     (["--data.path", "nowhere.txt"], ["nowhere.txt", "no such file"]),
-    (["--data.source", "tokens", "--data.path", "nowhere"], ["nowhere", "meta.json", "common.data tokenize"]),
+    (["--data.source", "tokens", "--data.path", "nowhere"], ["nowhere", "meta.json", "tools/tokenize_text.py"]),
     (["--model.vocabulary", "100"], ["vocabulary of 256, the model 100"]),
     (["--model.heads", "7"], ["model.heads 7"]),
     (["--data.sequence_length", "500"], ["data.sequence_length = 500", "max_sequence"]),

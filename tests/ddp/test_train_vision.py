@@ -12,9 +12,9 @@ from equality import STEPS, largest_difference, read_checkpoint, read_rows
 from launching import ROOT, SCRIPTS, OnRanks
 
 from common.config import Config, parse, to_dict
-from common.data import ImageConfig, image_datasets
 from common.data_sharding import BatchConfig, BatchPlan
-from common.vision import VisionConfig, VisionModel, build_model
+from vision.images import ImageConfig, image_datasets
+from vision.networks import VisionConfig, VisionModel, build_model
 
 SCRIPT = "ddp/train_vision.py"
 ON_RANKS, STARTS = OnRanks("tests/ddp/vision_on_ranks.py"), OnRanks("tests/ddp/starts_on_ranks.py")

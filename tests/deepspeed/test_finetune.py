@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from common.data_sharding import BatchConfig, BatchPlan
 from common.optimizer import OptimizerConfig, build_optimizer, learning_rate, set_learning_rate
-from common.question_answering import QuestionDataset, load_tokenizer, read_questions
 from common.ranks import Ranks
+from finetuning.squad import read_questions
+from finetuning.tokens import QuestionDataset, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_RANKS = OnRanks("tests/deepspeed/finetune_on_ranks.py")
@@ -100,7 +101,7 @@ def rows(run):
 def data(places):
     """(training set, plan of one process, sample rows by step)."""
     tokenizer = load_tokenizer(None)
-    train_set = QuestionDataset(read_questions(str(places / "train.json")), tokenizer, 64, keep_answer=True)
+    train_set = QuestionDataset(read_questions(str(places / "train.json")), tokenizer, 64, training=True)
     plan = BatchPlan(BatchConfig(GLOBAL), len(train_set), 1234)
     return train_set, plan
 

@@ -57,9 +57,10 @@ def train_until(arguments: list[str], steps: int) -> None:
 @starts_its_own_group
 def asked_and_answered(arguments: list[str]) -> tuple[list[str], list[str], list[int]]:
     """Run the script: ids and answers that were scored at the end, and the prompts in each batch of this rank."""
-    from common import question_answering
+    from finetuning import answers as finetuning_answers
+    from finetuning import scores
 
-    score, left_padded = question_answering.score, question_answering.left_padded
+    score, left_padded = scores.score, finetuning_answers.left_padded
     scored, batches = {}, []
 
     def keep(answers, questions):
@@ -70,11 +71,11 @@ def asked_and_answered(arguments: list[str]) -> tuple[list[str], list[str], list
         batches.append(len(prompts))
         return left_padded(prompts, *rest)
 
-    question_answering.score, question_answering.left_padded = keep, count
+    scores.score, finetuning_answers.left_padded = keep, count
     try:
         train(arguments)
     finally:
-        question_answering.score, question_answering.left_padded = score, left_padded
+        scores.score, finetuning_answers.left_padded = score, left_padded
     return *scored["all"], batches
 
 
@@ -105,9 +106,10 @@ def counted(path: str) -> tuple[int, int]:
     import torch.distributed as dist
 
     from common.data_sharding import BatchConfig, BatchPlan, Loader
-    from common.question_answering import QuestionDataset, load_tokenizer, read_questions
+    from finetuning.squad import read_questions
+    from finetuning.tokens import QuestionDataset, load_tokenizer
 
-    dataset = QuestionDataset(read_questions(path), load_tokenizer(None), 80, keep_answer=True)
+    dataset = QuestionDataset(read_questions(path), load_tokenizer(None), 80, training=True)
     plan = BatchPlan(BatchConfig(48, 4), len(dataset), 1234, dist.get_rank(), dist.get_world_size())
     micro_batches = list(Loader(dataset, plan, torch.device("cpu")).micro_batches(0))
     mine = sum(int((targets != -100).sum()) for (_, targets), _ in micro_batches)

@@ -77,8 +77,8 @@ def test_one_strategy_alone(group):
      "predict = lesson.predict\n"
      "lesson.predict = lambda model, reshard, *rest: predict(model, not reshard, *rest)", "all-gathers"),
     # Gradients that are never sent.
-    ("step = lesson.initialise\n"
-     "lesson.initialise = lambda model, s: (step(model, s), model.set_requires_gradient_sync(False))",
+    ("step = lesson.fill_shards\n"
+     "lesson.fill_shards = lambda model, s: (step(model, s), model.set_requires_gradient_sync(False))",
      "of gradient shards"),
     # What one rank alone finds ends all.
     ("lesson.predict = lambda model, reshard, copies, ranks, predict=lesson.predict: predict(\n"

@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 
 from common.data_sharding import BatchConfig, BatchPlan
 from common.optimizer import OptimizerConfig, build_optimizer, learning_rate, set_learning_rate
-from common.question_answering import f1, load_tokenizer, normalise, read_questions
+from finetuning.scores import f1
+from finetuning.squad import normalize, read_questions
+from finetuning.tokens import load_tokenizer
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from finetune_on_ranks import double_norms
@@ -391,7 +393,7 @@ def test_every_question_is_answered_once(group, places, tmp_path):
     assert len(set(map(len, found[1]))) > 1  # they end at different tokens
     data = read_questions(str(places / "validation.json"))
     golds = [(q.answers or ("",))[0] for q in data]
-    exact = sum(normalise(a) == normalise(g) for a, g in zip(found[1], golds, strict=True))
+    exact = sum(normalize(a) == normalize(g) for a, g in zip(found[1], golds, strict=True))
     assert scores[1] == scores[2] == scores[3]
     assert scores[1]["exact_match"] == pytest.approx(100 * exact / 7)
     assert scores[1]["f1"] == pytest.approx(100 * sum(map(f1, found[1], golds)) / 7)
