@@ -123,6 +123,8 @@ def help_text(config_class: type) -> str:
         owner = typing.cast(type, owners.get(section, config_class))
         meanings = field_meanings(owner)
         summary = " ".join((inspect.getdoc(owner) or "").split("\n\n")[0].split())
+        if summary.startswith(f"{owner.__name__}("):  # the signature, which a dataclass has for want of a docstring
+            summary = "settings:"
         lines += ["", f"{section}: {summary}" if section else "more settings:" if owners else summary]
         for name, setting in settings.items():
             if name.rpartition(".")[0] == section:

@@ -227,3 +227,12 @@ def test_form_of_the_help(launch):
     assert "--optimizer.betas  list of 2 numbers; default [0.9, 0.95]. " in text
     assert "--train.precision  one of fp32, bf16, fp16, fp64; default fp32. " in text
     assert "--model.width  whole number or null; default from the preset. " in text
+
+
+def test_help_of_a_class_without_docstring_shows_no_signature(capsys):
+    with pytest.raises(SystemExit):
+        parse(Values, ["--help"])
+    text = capsys.readouterr().out
+    assert "\nsettings:\n  --flag  true or false; default false." in text
+    assert "  --kind  one of a, b or null; default a." in text
+    assert "Literal" not in text
