@@ -2,7 +2,7 @@
 
     python ddp/single_device.py                                            # about a minute on a laptop, loss < 2.5
     python ddp/single_device.py --train.precision bf16 --batch.micro_size 6     # autocast, accumulation of 4
-    python ddp/single_device.py --config ddp/configs/gpt_124m.yaml         # on a GPU
+    python ddp/single_device.py --config ddp/configs/gpt_124m.yaml --train.steps 200   # on a GPU
 
 Precision, gradient accumulation, clipping, warm-up and cosine decay, evaluation, checkpoint and resume, activation
 checkpointing and compilation stand here in the open. `ddp/train.py` is this script plus DDP, and nothing else.

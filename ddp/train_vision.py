@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node=2 ddp/train_vision.py             # a laptop: about a minute, accuracy > 0.95
     torchrun --nproc-per-node=2 ddp/train_vision.py --model.name small_cnn         # seconds, accuracy > 0.9
-    torchrun --nproc-per-node=8 ddp/train_vision.py --config ddp/configs/resnet50_imagenet.yaml  # 8 GPUs
+    torchrun --nproc-per-node=8 ddp/train_vision.py --config ddp/configs/resnet50_imagenet.yaml --train.steps 200
 
 What `ddp/train.py` does for text, for images. New here: BatchNorm's running statistics, which every rank
 gathers from its own images, and which must agree before anybody looks at them; SyncBatchNorm, or GroupNorm,

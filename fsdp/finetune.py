@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node=2 fsdp/finetune.py                          # a laptop: a tiny model, a minute
     torchrun --nproc-per-node=2 fsdp/finetune.py --lora.rank 8            # adapters alone are trained
-    torchrun --nproc-per-node=8 fsdp/finetune.py --config fsdp/configs/finetune_lora.yaml --model_path /path/to/model
+    torchrun --nproc-per-node=8 fsdp/finetune.py --config fsdp/configs/finetune_lora.yaml --train.steps 200 \\
+        --model_path /path/to/model
 
 What differs from `fsdp/train.py`: rank 0 reads the weights and gives each rank its shards; only the answers' tokens
 count, so that each rank has another number of them; and the model is judged by answers that it generates.

@@ -2,7 +2,7 @@
 
     python lightning/train_vision.py --devices 2       # Lightning starts the second process; accuracy > 0.95
     torchrun --nproc-per-node=2 lightning/train_vision.py --model.name small_cnn         # seconds, accuracy > 0.9
-    torchrun --nproc-per-node=8 lightning/train_vision.py --config ddp/configs/resnet50_imagenet.yaml  # 8 GPUs
+    torchrun --nproc-per-node=8 lightning/train_vision.py --config ddp/configs/resnet50_imagenet.yaml --train.steps 200
 
 The settings are those of `ddp/train_vision.py`, whose config files fit; networks and batches are the same to the bit.
 What was one loop there is cut up here into what the Trainer calls: a data module says where batches come from, a

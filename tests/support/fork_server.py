@@ -13,7 +13,7 @@ PRELOAD = [
     "torch", "torch._dynamo", "torch.distributed.nn", "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.pipelining",
     "torch.distributed.tensor.debug", "torch.distributed.elastic.multiprocessing.errors",
-    "matplotlib.figure", "matplotlib.backends.backend_agg", "yaml", "jsonargparse", "tqdm", "sklearn.datasets",
+    "matplotlib.figure", "matplotlib.backends.backend_agg", "yaml", "tqdm", "sklearn.datasets",
     "common.run", "common.data", "common.transformer", "common.optimizer", "common.loss", "common.checkpoint",
     "common.data_sharding", "common.config", "common.flops", "common.network",
     "equality", "own_folder",
