@@ -246,7 +246,7 @@ def read_run_config(folder: Path) -> Config:
         raise ValueError(f"{path}: not valid YAML: {error}") from None
     sections = {"model": ModelConfig, "data": TextConfig, "batch": BatchConfig}
     wanted = {name: tree.get(name, {}) for name in sections}
-    if unknown := _flatten(wanted).keys() - _fields(Config):
+    if unknown := _flatten(wanted).keys() - find_settings(Config).keys():
         raise ValueError(f"{path}: {sorted(unknown)[0]} is no setting of a transformer that trains on text")
     precision = tree.get("train", {}).get("precision", "fp32")
     values = {name: section(**wanted[name]) for name, section in sections.items()}

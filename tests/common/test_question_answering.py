@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common.data import standard_library_files
+from finetuning import squad
 from finetuning.scores import exact_match, f1, most_frequent_answer, score
 from finetuning.squad import (
     Question,
