@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from equality import read_checkpoint
 from launching import ROOT, SCRIPTS, run_command
 
-from common import checkpoint
+from common import manifest
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import kill_and_resume
@@ -98,17 +98,17 @@ def spoil_loss(run, change=1e-11):
 def spoil_state(run):
     """One number of AdamW's second moments: no loss has seen it yet."""
     step = run / "checkpoints" / "step_6"
-    manifest = json.loads((step / "manifest.json").read_text())
+    content = json.loads((step / "manifest.json").read_text())
     tensors = read_checkpoint(run, 6)
     name = next(name for name in tensors if name.endswith("exp_avg_sq"))
     tensors[name].view(-1)[-1] += 1e-10
-    shards = step / manifest["shards"]
+    shards = step / content["shards"]
     shutil.rmtree(shards)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         dcp.save(tensors, checkpoint_id=shards, no_dist=True)
-    manifest["files"] = {file.name: checkpoint.checksum(file) for file in shards.iterdir()}
-    (step / "manifest.json").write_text(json.dumps(manifest))
+    content["files"] = {file.name: manifest.checksum(file) for file in shards.iterdir()}
+    (step / "manifest.json").write_text(json.dumps(content))
 
 
 def repeat_a_step(run):

@@ -8,7 +8,7 @@ import torch
 from ranks_on_ranks import ended, here
 from torch.nn.parallel import DistributedDataParallel
 
-from common import checkpoint
+from common import checkpoint, manifest
 
 
 def build(width=8, bias=True, optimizer="AdamW", wrap="plain", seed=0):
@@ -40,8 +40,8 @@ def train_and_save(folder, wrap="plain"):
 
 def load_into_fresh(folder, wrap="plain"):
     model, wrapped, optimizer = build(wrap=wrap, seed=1)
-    manifest = checkpoint.load(Path(folder), wrapped, optimizer, here())
-    assert manifest["step"] == 3
+    content = checkpoint.load(Path(folder), wrapped, optimizer, here())
+    assert content["step"] == 3
     return digest(model, optimizer)
 
 
@@ -54,7 +54,7 @@ def save_many(folder, steps, keep):
 
 def latest_step(folder):
     ranks = here()
-    found = checkpoint.latest(Path(folder)) if ranks.is_main else None
+    found = manifest.latest(Path(folder)) if ranks.is_main else None
     return ranks.broadcast(found).name
 
 
@@ -79,7 +79,7 @@ def leftover(folder):
 
     def claim():
         ranks.barrier()
-        return checkpoint.claim(Path(folder)) if ranks.is_main else None
+        return manifest.claim(Path(folder)) if ranks.is_main else None
 
     first = claim()
     saves = [save(1, first)]
@@ -91,11 +91,11 @@ def leftover(folder):
 def wakes_before_the_commit(folder, committed_meanwhile):
     """One process: an attempt stops right before its commit; another takes over, commits or not; the first wakes."""
     model, _, optimizer = build()
-    first, other, link = checkpoint.claim(Path(folder)), [], os.link
+    first, other, link = manifest.claim(Path(folder)), [], os.link
 
     def late(*args):
         os.link = link  # once
-        other.append(checkpoint.claim(Path(folder)))
+        other.append(manifest.claim(Path(folder)))
         if committed_meanwhile:
             checkpoint.save(Path(folder), 1, model, optimizer, here(), {"by": "second"}, 2, other[0])
         return link(*args)
@@ -105,9 +105,9 @@ def wakes_before_the_commit(folder, committed_meanwhile):
         end = ended(checkpoint.save, Path(folder), 1, model, optimizer, here(), {"by": "first"}, 2, first)
     finally:
         os.link = link
-    found = checkpoint.load(checkpoint.latest(Path(folder)), model, optimizer, here())["extra"]["by"]
+    found = checkpoint.load(manifest.latest(Path(folder)), model, optimizer, here())["extra"]["by"]
     checkpoint.save(Path(folder), 1, model, optimizer, here(), {"by": "second"}, 2, other[0])
-    then = checkpoint.load(checkpoint.latest(Path(folder)), model, optimizer, here())["extra"]["by"]
+    then = checkpoint.load(manifest.latest(Path(folder)), model, optimizer, here())["extra"]["by"]
     return end, found, then, len(list((Path(folder) / "step_1").glob("shards-*")))
 
 

@@ -60,7 +60,7 @@ def steps_until_stopped(folder, who, at):
     done = 0
     for step in run.steps():
         if step == at and run.ranks.rank == who:
-            run._stop_requested.set()
+            run.stop_request.request()
         log(run, step)
         done += 1
     run.finish()
@@ -102,7 +102,7 @@ def begin_or_go_on(folder, arguments, environment=None, fingerprint="fingerprint
         run.restore(model, optimizer)
         for step in run.steps():
             log(run, step)
-            run.save_if_due(step, model, optimizer)
+            run.end_step(step, model, optimizer)
         run.finish()
         answer.extend([run.first_step, run.folder.name])
 
@@ -143,7 +143,7 @@ def what_is_drawn(folder, steps):
         drawn[step] = float(torch.rand(()))
         torch.rand(step + 1 + run.ranks.rank)
         log(run, step)
-        run.save_if_due(step, model, optimizer)
+        run.end_step(step, model, optimizer)
     run.finish()
     return drawn
 
@@ -167,11 +167,11 @@ def state_after(folder, steps, name, resume="auto"):
         optimizer.zero_grad()
         log(run, step)
         run._stopping = step + 1 == steps
-        run.save_if_due(step, model, optimizer, scaler)
+        run.end_step(step, model, optimizer, scaler)
     run.finish()
     state = {f"{name}.{key}": value.tolist() for name, p in model.named_parameters()
              for key, value in {"weight": p.detach(), **optimizer.state[p]}.items()}  # fmt: skip
-    return run.first_step, run._done, scaler.state_dict(), state
+    return run.first_step, run.steps_done, scaler.state_dict(), state
 
 
 def when_replicas_are_checked(folder, every):
@@ -186,7 +186,7 @@ def when_replicas_are_checked(folder, every):
         run.restore(model, optimizer)
         for step in run.steps():
             log(run, step)
-            run.save_if_due(step, model, optimizer)
+            run.end_step(step, model, optimizer)
         run.finish()
     finally:
         common.run.check_replicas = kept

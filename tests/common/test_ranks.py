@@ -7,7 +7,7 @@ import pytest
 from launching import SCRIPTS, OnRanks, free_port
 
 from common import ranks
-from common.ranks import Place, choose_device, read_environment
+from common.ranks import LaunchInfo, choose_device, read_environment
 
 ON_RANKS = OnRanks("tests/common/ranks_on_ranks.py")
 TORCHRUN = {
@@ -30,7 +30,7 @@ def without(environment, *names):
 
 
 def test_torchrun():
-    assert read_environment(TORCHRUN) == Place(3, 4, 1, 2, "torchrun", "a", 5)
+    assert read_environment(TORCHRUN) == LaunchInfo(3, 4, 1, 2, "torchrun", "a", 5)
 
 
 def test_srun_step(monkeypatch):
@@ -62,7 +62,7 @@ def test_first_host_without_scontrol(monkeypatch, nodelist, host):
 def test_plain_python_inside_a_slurm_allocation_is_one_process():
     assert read_environment(without(SRUN, "SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID", "SLURM_PROCID")).world_size == 1
     batch_script = SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}
-    assert read_environment(batch_script) == Place(0, 1, 0, 1, "python")
+    assert read_environment(batch_script) == LaunchInfo(0, 1, 0, 1, "python")
 
 
 def test_torchrun_inside_an_srun_step_is_torchrun():
@@ -86,7 +86,7 @@ def test_mpirun_and_mpiexec():
 
 
 def test_nothing_set_is_one_process():
-    assert read_environment({}) == Place(0, 1, 0, 1, "python")
+    assert read_environment({}) == LaunchInfo(0, 1, 0, 1, "python")
 
 
 @pytest.mark.parametrize(("environment", "words"), [
@@ -129,9 +129,9 @@ class FakeCuda:
 
 
 @pytest.mark.parametrize(("gpus", "place", "index"), [
-    (4, Place(6, 8, 2, 4, "torchrun"), 2),
-    (1, Place(6, 8, 2, 4, "srun"), 0),  # --gpus-per-task=1: each task sees its own GPU as number 0
-    (1, Place(0, 1, 0, 1, "python"), 0),
+    (4, LaunchInfo(6, 8, 2, 4, "torchrun"), 2),
+    (1, LaunchInfo(6, 8, 2, 4, "srun"), 0),  # --gpus-per-task=1: each task sees its own GPU as number 0
+    (1, LaunchInfo(0, 1, 0, 1, "python"), 0),
 ])  # fmt: skip
 def test_which_gpu(monkeypatch, gpus, place, index):
     monkeypatch.delenv("DEVICE", raising=False)
@@ -141,11 +141,11 @@ def test_which_gpu(monkeypatch, gpus, place, index):
 
 
 @pytest.mark.parametrize(("wanted", "gpus", "place", "environment", "words"), [
-    ("auto", 1, Place(1, 2, 1, 2, "torchrun"), {}, ["local rank 1", "1 visible GPU"]),
-    ("auto", 2, Place(2, 3, 2, 3, "srun"), {}, ["local rank 2", "2 visible GPU"]),
-    ("cuda", 0, Place(0, 1, 0, 1, "python"), {}, ["device=cuda", "no GPU"]),
-    ("auto", 0, Place(0, 1, 0, 1, "python"), {"SLURM_JOB_GPUS": "0,1"}, ["SLURM_JOB_GPUS=0,1", "DEVICE=cpu"]),
-    ("tpu", 0, Place(0, 1, 0, 1, "python"), {}, ["tpu", "auto, cpu, cuda"]),
+    ("auto", 1, LaunchInfo(1, 2, 1, 2, "torchrun"), {}, ["local rank 1", "1 visible GPU"]),
+    ("auto", 2, LaunchInfo(2, 3, 2, 3, "srun"), {}, ["local rank 2", "2 visible GPU"]),
+    ("cuda", 0, LaunchInfo(0, 1, 0, 1, "python"), {}, ["device=cuda", "no GPU"]),
+    ("auto", 0, LaunchInfo(0, 1, 0, 1, "python"), {"SLURM_JOB_GPUS": "0,1"}, ["SLURM_JOB_GPUS=0,1", "DEVICE=cpu"]),
+    ("tpu", 0, LaunchInfo(0, 1, 0, 1, "python"), {}, ["tpu", "auto, cpu, cuda"]),
 ])  # fmt: skip
 def test_no_gpu_for_this_rank(monkeypatch, capsys, wanted, gpus, place, environment, words):
     monkeypatch.delenv("DEVICE", raising=False)
@@ -161,13 +161,13 @@ def test_no_gpu_for_this_rank(monkeypatch, capsys, wanted, gpus, place, environm
 def test_device_from_the_cluster_profile(monkeypatch):
     monkeypatch.setenv("DEVICE", "cpu")
     monkeypatch.setenv("SLURM_JOB_GPUS", "0,1")  # fake GPUs of the laptop cluster: allocated, but not there
-    assert choose_device("auto", Place(0, 1, 0, 1, "python")).type == "cpu"
+    assert choose_device("auto", LaunchInfo(0, 1, 0, 1, "python")).type == "cpu"
 
 
 def test_hidden_gpus_are_not_allocated_ones(monkeypatch):
     monkeypatch.setattr(ranks.torch, "cuda", FakeCuda(0))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert choose_device("auto", Place(0, 1, 0, 1, "python")).type == "cpu"
+    assert choose_device("auto", LaunchInfo(0, 1, 0, 1, "python")).type == "cpu"
 
 
 def test_a_script_for_one_process_refuses_two(group):

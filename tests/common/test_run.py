@@ -108,7 +108,7 @@ def test_the_record_says_what_ran(group, tmp_path):
         "torch",
         "test",
         2,
-        {"data": 2},
+        {"dp_replicate": 2, "dp_shard": 1, "tp": 1, "pp": 1, "cp": 1, "ep": 1},
     )
     assert record["data_fingerprint"] == "fingerprint"
     assert (record["status"], record["steps_done"]) == ("finished", 5)

@@ -101,7 +101,7 @@ def train_until(arguments: list[str], steps: int, script: str = SCRIPT) -> None:
 
     def log_and_stop(self, step, *rest):
         if step == steps - 2:  # the wish travels with this step's numbers and is read with the next one's
-            self._stop_requested.set()
+            self.stop_request.request()
         log(self, step, *rest)
 
     Run.log = log_and_stop
@@ -158,7 +158,7 @@ def held(arguments: list[str]) -> dict[str, object]:
     def local(tensor):
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
-    seen, save = {}, Run.save_if_due
+    seen, save = {}, Run.end_step
 
     def noted(self, step, model, optimizer, scaler):
         query = model.blocks["0"].attention.query.weight
@@ -171,11 +171,11 @@ def held(arguments: list[str]) -> dict[str, object]:
         )
         save(self, step, model, optimizer, scaler)
 
-    Run.save_if_due = noted
+    Run.end_step = noted
     try:
         train(arguments)
     finally:
-        Run.save_if_due = save
+        Run.end_step = save
     return seen
 
 

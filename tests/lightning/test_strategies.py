@@ -53,7 +53,10 @@ def test_lightnings_own_launcher(launch, tmp_path):
     result = launch(SCRIPT, *QUICK, "--devices", "2", nproc=0, env={"CONFIG_FILE": str(CONFIGS / "fsdp.json")})
     record = json.loads((only_run(tmp_path) / "run.json").read_text())
     assert (record["framework"], record["strategy"], record["launcher"]) == ("lightning", "fsdp", "lightning")
-    assert (record["world_size"], record["mesh"]) == (2, {"data": 2})
+    assert (record["world_size"], record["mesh"]) == (
+        2,
+        {"dp_replicate": 1, "dp_shard": 2, "tp": 1, "pp": 1, "cp": 1, "ep": 1},
+    )
     assert "lightning" in record["versions"]
     assert result.stdout.count("finished after 3 of 3 steps") == 1  # rank 0 speaks for all
     assert set(ROOT.iterdir()) == before  # no lightning_logs, no checkpoints
@@ -67,8 +70,8 @@ def test_torchrun_and_which_settings_win(launch, tmp_path):
     more = ["--config", "lightning/configs/tensor_parallel.json", "--tp_dimensions", "[2, 1, 1]"]
     launch(SCRIPT, *QUICK, *more, env={"CONFIG_FILE": str(CONFIGS / "single_device.json")})
     record = json.loads((only_run(tmp_path) / "run.json").read_text())
-    assert (record["strategy"], record["launcher"]) == ("tensor_parallel", "torchrun")
-    assert record["mesh"] == {"data": 1, "tensor": 2}
+    assert (record["strategy"], record["launcher"]) == ("tensor", "torchrun")
+    assert record["mesh"] == {"dp_replicate": 1, "dp_shard": 1, "tp": 2, "pp": 1, "cp": 1, "ep": 1}
 
 
 @pytest.mark.parametrize(("strategy", "ranks", "dimensions", "part", "placements"), [

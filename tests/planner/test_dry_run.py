@@ -105,7 +105,7 @@ WIDE = ["--model.preset", "llama3_8b", "--model.layers", "3", "--data.sequence_l
     (FSDP, [], ["all-gather world", "reduce-scatter world"]),
     (FSDP, ["--fsdp.reshard_after_forward", "false"], ["all-gather world", "reduce-scatter world"]),
     (FSDP, ["--fsdp.replicate", "8", "--train.precision", "bf16"],
-     ["all-gather shard", "reduce-scatter shard", "all-reduce replicate"]),
+     ["all-gather dp_shard", "reduce-scatter dp_shard", "all-reduce dp_replicate"]),
     (TENSOR, ["--mesh.tp", "8", "--mesh.dp", "8"],
      ["all-gather tp", "reduce-scatter tp", "all-gather dp", "reduce-scatter dp"]),
     (CONTEXT, ["--mesh.dp", "8"],
@@ -218,9 +218,9 @@ def test_it_is_the_script_that_is_counted(tmp_path):
     """A copy of the lesson that forgets its blocks: one unit, gathered once, and all of it whole at once."""
     shutil.copy(ROOT / "fsdp" / "settings.py", tmp_path)
     text = (ROOT / FSDP).read_text()
-    forgotten = "        fully_shard(block, **settings)\n"
+    forgotten = "(*model.blocks.values(), model)"
     assert text.count(forgotten) == 1
-    text = text.replace(forgotten, "        pass\n").replace("set_prefetch(list", "(lambda *_: None)(list")
+    text = text.replace(forgotten, "(model,)").replace("set_prefetch(list", "(lambda *_: None)(list")
     (tmp_path / "train.py").write_text(text)
     report = dry_run.report(DryRun(tmp_path / "train.py", 2, 0, None).run(BATCH), BATCH, 0.0)
     assert row(report, "all-gather", "world")["count"] == 1

@@ -270,7 +270,7 @@ def test_shell_of_salloc(cluster):
     typed = f"{python}; hostname; srun hostname; exit\n"
     salloc = ["script", "--quiet", "--return", "--command", "salloc --nodes=2 --gpus-per-node=2", "/dev/null"]
     done = cluster.on_login("bash", "-c", 'printf %s "$1" | "${@:2}"', "_", typed, *salloc, SHELL="/bin/bash")
-    assert "Place(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher='python'" in done.stdout
+    assert "LaunchInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher='python'" in done.stdout
     assert sorted(re.findall(r"^node\d", done.stdout, re.MULTILINE)) == ["node1", "node1", "node2"]
 
 

@@ -53,7 +53,7 @@ def train_until(script: str, arguments: list[str], steps: int) -> None:
 
     def log_and_stop(self, step, *rest):
         if step == steps - 2:  # the wish travels with this step's numbers and is read with the next one's
-            self._stop_requested.set()
+            self.stop_request.request()
         log(self, step, *rest)
 
     Run.log = log_and_stop
