@@ -55,7 +55,7 @@ def test_killed_node_requeued_resumed(cluster, undisturbed):
     try:
         cluster.wait_for(job, "PENDING", timeout=60)  # Slurm has noticed, and requeued the job
     finally:
-        cluster("start-node", "2")
+        cluster("start-node", "2", timeout=120)  # a minute, in which what was meant for the dead node is sent again
     text = cluster.completed(job, timeout=240)
     assert cluster.show(job)["Restarts"] == "1"
     assert "resumed from" in text
