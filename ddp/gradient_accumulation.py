@@ -132,7 +132,7 @@ def main(config: AccumulationConfig) -> None:
             f"for each of {ranks.world_size} ranks: nothing to accumulate; make batch.global_size larger"
         )
     one_batch = replace(plan, batch=BatchConfig(config.batch.global_size))  # all samples of a rank at once
-    whole_batch = replace(one_batch, rank=0, world_size=1)  # all samples of all ranks at once
+    whole_batch = replace(one_batch, dp_rank=0, dp_size=1)  # all samples of all ranks at once
 
     # ---- the reference: what one process makes of the whole batch, without DDP; each rank computes it anew
     reference = Transformer(config.model, config.seed).to(ranks.device).double()

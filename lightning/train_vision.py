@@ -131,7 +131,7 @@ class VisionData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """On every rank, as soon as it knows its number: take its part of the plan."""
-        self.plan = replace(self.plan, rank=self.trainer.global_rank)
+        self.plan = replace(self.plan, dp_rank=self.trainer.global_rank)
         self.device = self.trainer.strategy.root_device
         self.loader = Loader(self.train_set, self.plan, self.device, self.config.data.workers)
 
