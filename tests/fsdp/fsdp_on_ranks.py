@@ -46,23 +46,3 @@ def prefetched(count: int, ahead: int) -> tuple[dict[int, list[int]], dict[int, 
 
     settings()["set_prefetch"]([Block(number) for number in range(count)], ahead)
     return forward, backward
-
-
-def policies(precision: str, offload: bool) -> tuple[str | None, str | None, bool, str]:
-    """Return the dtypes to gather and to add in, whether inputs are cast, and the kind of off-loading."""
-    import torch
-    import torch.distributed as dist
-
-    from common.ranks import Ranks
-
-    lesson = settings()
-    config = lesson["ShardedConfig"](fsdp=lesson["FsdpConfig"](cpu_offload=offload))
-    config.train.precision = precision
-    rank, size = dist.get_rank(), dist.get_world_size()
-    ranks = Ranks(rank, size, rank, size, "torchrun", torch.device("cpu"))
-    _, options = lesson["mesh_and_settings"](config, ranks)
-    policy, kind = options["mp_policy"], type(options["offload_policy"]).__name__
-    names = (
-        str(dtype).removeprefix("torch.") if dtype else None for dtype in (policy.param_dtype, policy.reduce_dtype)
-    )
-    return *names, policy.cast_forward_inputs, kind

@@ -80,7 +80,9 @@ def test_what_is_gathered_ahead(group):
 @pytest.mark.parametrize(("precision", "gathered", "summed"), [
     ("fp32", None, None), ("fp64", None, None), ("bf16", "bfloat16", "float32"), ("fp16", "float16", "float32"),
 ])  # fmt: skip
-def test_policies(group, precision, gathered, summed):
-    """Inputs are never cast: rotary angles would lose their precision. Off-loading is a policy, too."""
-    for offload, kind in (False, "OffloadPolicy"), (True, "CPUOffloadPolicy"):
-        assert group(2)(ON_RANKS.policies, precision, offload) == [(gathered, summed, False, kind)] * 2
+def test_policies(group, tmp_path, precision, gathered, summed):
+    """All units have the same. Inputs are never cast: rotary angles would lose their precision."""
+    offload, kind = ("true", "CPUOffloadPolicy") if precision in ("fp64", "bf16") else ("false", "OffloadPolicy")
+    options = ["--runs_dir", str(tmp_path), "--run_name", "run", "--train.steps", "1"]
+    options += ["--train.precision", precision, "--fsdp.cpu_offload", offload]
+    assert group(2)(TRAFFIC.units, "fsdp/train.py", [*SMALL, *options]) == [{(gathered, summed, False, kind)}] * 2

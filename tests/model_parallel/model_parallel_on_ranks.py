@@ -46,19 +46,6 @@ def collectives(sequence_parallel: bool, tied: bool, layers: int) -> dict[str, i
     return {str(op).removeprefix("c10d_functional."): count for op, count in sent.get_comm_counts().items()}
 
 
-def policies(precision: str) -> tuple[str | None, str | None, bool]:
-    """Return the dtypes in which FSDP gathers and adds, and whether it casts inputs."""
-    with own_folder(ROOT / "model_parallel" / "mesh_settings.py"):
-        lesson = importlib.import_module("mesh_settings")
-        config = lesson.TensorConfig()
-        config.train.precision = precision
-        policy = lesson.data_parallel_settings(config, None)["mp_policy"]
-    names = (
-        str(dtype).removeprefix("torch.") if dtype else None for dtype in (policy.param_dtype, policy.reduce_dtype)
-    )
-    return *names, policy.cast_forward_inputs
-
-
 def meshes() -> dict[str, list]:
     """Return which rank stands where, on each lesson's mesh of 4 ranks."""
     rank, size = dist.get_rank(), dist.get_world_size()

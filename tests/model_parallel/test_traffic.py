@@ -160,12 +160,21 @@ def test_activation_checkpointing_computes_twice(group, tmp_path, script, option
     assert [twice - once for once, twice in zip(*counts, strict=True)] == more
 
 
-@pytest.mark.parametrize(("precision", "gathered", "summed"), [
-    ("fp32", None, None), ("fp64", None, None), ("bf16", "bfloat16", "float32"), ("fp16", "float16", "float32"),
-])  # fmt: skip
-def test_policies(group, precision, gathered, summed):
-    """Inputs are never cast: rotary angles would lose their precision."""
-    assert group(2)(ON_RANKS.policies, precision) == [(gathered, summed, False)] * 2
+@pytest.mark.parametrize(("script", "options", "gathered", "summed"), [
+    ("tensor_parallel", ["--train.precision", "fp16"], "float16", "float32"),
+    ("tensor_parallel", ["--train.precision", "fp64"], None, None),
+    ("tensor_parallel", ["--train.precision", "bf16"], "bfloat16", "float32"),
+    ("context_parallel", ["--train.precision", "bf16"], "bfloat16", "float32"),
+    ("expert_parallel", ["--train.precision", "bf16", "--model.experts", "4"], "bfloat16", "float32"),
+    ("hybrid_parallel", ["--train.precision", "bf16", "--mesh.tp", "1", "--batch.micro_size", "24"], "bfloat16",
+     "float32"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else value)  # fmt: skip
+def test_policies(group, tmp_path, script, options, gathered, summed):
+    """All units have the same. Inputs are never cast: rotary angles would lose their precision."""
+    places = ["--runs_dir", str(tmp_path), "--run_name", "run", "--train.steps", "1"]
+    arguments = [*SMALL, *EVEN, *places, "--batch.global_size", str(BATCH), *options]
+    found = group(2)(TRAFFIC.units, f"{FOLDER}/{script}.py", arguments)
+    assert found == [{(gathered, summed, False, "OffloadPolicy")}] * 2
 
 
 def test_those_who_talk_most_are_neighbors(group):

@@ -95,3 +95,25 @@ def of_steps(script: str, arguments: list[str]) -> list[list[Message]]:
     finally:
         Run.log, Run.steps = log, yield_steps
     return steps
+
+
+@starts_its_own_group
+def units(script: str, arguments: list[str]) -> set[tuple[str | None, str | None, bool, str]]:
+    """Run the script; what each `fully_shard` is told: dtypes to gather and to add in, inputs cast or not, offload."""
+    import torch.distributed.fsdp as fsdp
+
+    seen, fully_shard = set(), fsdp.fully_shard
+
+    def noted(module, *, mp_policy, offload_policy=None, **more):
+        names = (str(t).removeprefix("torch.") if t else None for t in (mp_policy.param_dtype, mp_policy.reduce_dtype))
+        kind = type(offload_policy).__name__ if offload_policy else "OffloadPolicy"
+        seen.add((*names, mp_policy.cast_forward_inputs, kind))
+        options = {"offload_policy": offload_policy} if offload_policy else {}
+        return fully_shard(module, mp_policy=mp_policy, **options, **more)
+
+    fsdp.fully_shard = noted
+    try:
+        scripts_on_ranks.train(script, arguments)
+    finally:
+        fsdp.fully_shard = fully_shard
+    return seen
