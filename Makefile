@@ -7,22 +7,23 @@ ARGS   ?=
 M      ?= ddp
 NODES  ?= 2
 GPUS   ?= 2
-WORKERS ?= 2
+# Tests at a time: one for each core. Ranks wait a lot, and three or four of them share a core well.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 8 ? 8 : n)))
 
 BIN := $(VENV)/bin
 PIP := "$(BIN)/python" -m pip --disable-pip-version-check install
-# Two tests at a time: most wait for programs to start and to end, and ranks seldom use two cores all the time.
-PYTEST := "$(BIN)/python" -m pytest $(if $(ARGS),,-n $(WORKERS) --dist worksteal)
+# One worker runs all tests of a folder (tests/conftest.py); the folders are dealt out among the workers.
+PYTEST := "$(BIN)/python" -m pytest $(if $(ARGS),,-n $(WORKERS) --dist loadgroup)
 # An environment remembers what was installed into it: the lists of packages, and the checkout that it points to.
 LESSON  := $(shell cat requirements-lesson.txt | cksum)
 CORE    := $(shell cat requirements-lesson.txt requirements.txt | cksum)
 PROJECT := $(shell { pwd; cat pyproject.toml; } | cksum)
 
-.PHONY: help venv venv-lesson train test test-all test-slurm-all lint docs exercise grade scaling doctor cluster-up cluster-down clean
+.PHONY: help venv venv-lesson train test test-all test-slurm-all mutants lint docs exercise grade scaling doctor cluster-up cluster-down clean
 
 help: ## this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
-	@echo '  Settings: VENV=.venv PYTHON=python3 SCRIPT=ddp/train.py NPROC= (default: all GPUs, else 2) ARGS= M=ddp NODES=2 GPUS=2 WORKERS=2 (tests at a time)'
+	@echo '  Settings: VENV=.venv PYTHON=python3 SCRIPT=ddp/train.py NPROC= (default: all GPUs, else 2) ARGS= M=ddp NODES=2 GPUS=2 WORKERS= (tests at a time; default: the cores)'
 
 venv: ## create .venv with the whole core environment, or bring it up to date
 	@$(create_venv)
@@ -48,16 +49,20 @@ train: venv-lesson ## train SCRIPT on all GPUs, else with 2 processes on the CPU
 	  echo "OMP_NUM_THREADS=$$OMP_NUM_THREADS torchrun $$*"; \
 	  trap 'stopped=1' INT; "$(BIN)/torchrun" "$$@"; code=$$?; \
 	  [ -z "$$stopped" ] || echo "make: stopped by Ctrl-C, all ranks have ended; torchrun reports it as the traceback above" >&2; \
+	  [ $$code -ne 0 ] || echo "make: to run the commands of the READMEs in this shell: source $(VENV)/bin/activate"; \
 	  exit $$code
 
-test: venv ## run the tests: the whole suite, or make test ARGS="tests/common -k loss"
+test: venv ## prove every lesson in minutes; a part: make test ARGS="tests/common -k loss"
 	@OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" $(ARGS)
 
-test-all: venv ## the same, and the slow ones: full trainings, and what must be compiled first
-	@OMP_NUM_THREADS=1 $(PYTEST) $(ARGS)
+test-all: venv ## the same with longer runs, all combinations, all README commands, faults on the cluster
+	@TESTS=all OMP_NUM_THREADS=1 $(PYTEST) $(ARGS)
+
+mutants: venv ## plant bugs, and see the tests catch them; one lesson: make mutants M=ddp; the list: make mutants ARGS=--list
+	@"$(BIN)/python" tools/mutants.py $(if $(filter command environment,$(origin M)),"$(M)") $(ARGS)
 
 test-slurm-all: venv ## really run every job file of the repository on a Slurm cluster on this machine
-	@OMP_NUM_THREADS=1 REQUIRE_SLURM=1 "$(BIN)/python" -m pytest tests/slurm/test_every_job_file.py $(ARGS)
+	@TESTS=all OMP_NUM_THREADS=1 REQUIRE_SLURM=1 "$(BIN)/python" -m pytest tests/slurm/test_every_job_file.py $(ARGS)
 
 lint: venv ## check style, format, types, shell scripts and job files
 	@failed=; PATH="$(BIN):$$PATH"; \
@@ -72,10 +77,13 @@ lint: venv ## check style, format, types, shell scripts and job files
 docs: venv ## rewrite the generated parts of all READMEs
 	@"$(BIN)/python" tools/docs.py refresh
 
-exercise: venv-lesson ## write the tasks of a lesson for you to solve: make exercise M=ddp
+# What a lesson's exercises import: transformers, DeepSpeed and Lightning are not in the small environment.
+exercise grade: $(if $(filter deepspeed fsdp lightning,$(M)),venv,venv-lesson)
+
+exercise: ## write the tasks of a lesson for you to solve: make exercise M=ddp
 	@"$(BIN)/python" tools/exercises.py write "$(M)" $(ARGS)
 
-grade: venv-lesson ## grade your solutions on the CPU: make grade M=ddp
+grade: ## grade your solutions on the CPU: make grade M=ddp
 	@OMP_NUM_THREADS=1 "$(BIN)/python" tools/exercises.py grade "$(M)" $(ARGS)
 
 scaling: venv-lesson ## measure how SCRIPT scales, as a table and a plot

@@ -28,7 +28,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from tqdm import tqdm
 
-from common import checkpoint
+from common import manifest
 from common.ranks import fail
 
 # Some milliseconds a step, so that a good part of the time goes into saving.
@@ -76,18 +76,18 @@ def steps_done(run: Path) -> int:
 
 def check(run: Path) -> int:
     """Read every committed checkpoint against its checksums; the newest step, or 0. Exits if one is torn."""
-    for manifest in run.glob("checkpoints/step_*/manifest.json"):
-        found = checkpoint.read_manifest(manifest.parent)
-        for name, entry in found["files"].items():
-            if checkpoint.checksum(manifest.parent / found["shards"] / name) != entry:
-                fail(f"{manifest.parent} has a manifest, and {name} is torn: what was committed was not whole")
+    for checkpoint in (path.parent for path in run.glob("checkpoints/step_*/manifest.json")):
+        content = manifest.read(checkpoint)
+        for name, entry in content["files"].items():
+            if manifest.checksum(checkpoint / content["shards"] / name) != entry:
+                fail(f"{checkpoint} has a manifest, and {name} is torn: what was committed was not whole")
     return max(committed(run), default=0)
 
 
 def read(run: Path, step: int) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, by name, in one process."""
     folder = run / "checkpoints" / f"step_{step}"
-    reader = dcp.FileSystemReader(folder / checkpoint.read_manifest(folder)["shards"])
+    reader = dcp.FileSystemReader(folder / manifest.read(folder)["shards"])
     entries = reader.read_metadata().state_dict_metadata
     tensors = {n: torch.empty(e.size, dtype=e.properties.dtype) for n, e in entries.items() if hasattr(e, "properties")}
     with warnings.catch_warnings():

@@ -90,7 +90,7 @@ class Contest:
         self.optimizer = build_optimizer(self.our_model.parameters(), config.optimizer, ranks.device)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=False)
         flops = flops_per_token(config.model, length)
-        self.run = Run(config, ranks, "ddp", self.tokens_per_step, flops_per_unit=flops)
+        self.run = Run(config, ranks, "ddp", units_per_step=self.tokens_per_step, flops_per_unit=flops)
         self.run.restore(self.our_model, self.optimizer, self.scaler)
         ahead = Loader(train_set, plan, ranks.device)
         self.batches = [batch for step in range(steps) for batch, _ in ahead.micro_batches(step)]
@@ -127,7 +127,7 @@ class Contest:
             run.log(step, loss_sum, grad_norm, lr)
             if run.wants_evaluation(step):
                 break
-            run.save_if_due(step, model, optimizer, scaler)
+            run.end_step(step, model, optimizer, scaler)
             yield
 
     def bare(self) -> Iterator[None]:
@@ -224,12 +224,12 @@ def compare(size: str, ranks: Ranks, pairs: int, steps: int, bar: tqdm) -> dict[
                     wall[name].append(seconds[0])
                     cpu[name].append(seconds[1])
             bar.update()
-        problem = contest.verdict()
+        # Before the parts: their replica check would end the ranks without a word, its stderr is the stand-in's.
+        if problem := contest.verdict():
+            fail(f"{size}: the loops did not do the same training ({problem}); comparing them is worth nothing")
         with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
             parts = contest.parts(min(max(10, 4 * steps), len(contest.batches)))
             contest.run.finish()
-    if problem:
-        fail(f"{size}: the loops did not do the same training ({problem}); comparing them is worth nothing")
 
     def overhead(times: dict[str, list[float]]) -> dict[str, float]:
         return quartiles([a / b - 1 for a, b in zip(times["ours"], times["bare"], strict=True)])

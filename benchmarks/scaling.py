@@ -48,7 +48,7 @@ import psutil
 import yaml
 from tqdm import tqdm
 
-from common import checkpoint
+from common import manifest
 from common.ranks import fail
 
 OURS = ("--train.steps", "--run_name", "--runs_dir", "--resume")  # what this driver sets for every run
@@ -252,12 +252,12 @@ def count_parameters(folder: Path) -> int:
     Raises:
         SystemExit: (exit code 2) the run left no finished checkpoint, or a broken one.
     """
-    found = checkpoint.latest(folder / "checkpoints")
+    found = manifest.latest(folder / "checkpoints")
     if found is None:
         fail(f"--mode model counts the parameters in the run's checkpoint, and {folder} holds none that is finished; "
              "name a script that saves one at its end")  # fmt: skip
     try:
-        shapes = checkpoint.read_manifest(found)["parameters"]
+        shapes = manifest.read(found)["parameters"]
     except ValueError as error:
         fail(str(error))
     return sum(math.prod(shape) for shape in shapes.values())

@@ -407,7 +407,7 @@ class BandwidthConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: every GPU if there is one, else the CPU."""
     network_profile: str = "default"
-    """Which NCCL and Gloo variables to set; see python -m common.network --explain."""
+    """Which NCCL and Gloo variables to set; see python slurm/network.py --explain."""
     json: str | None = None
     """Write all results to this file."""
     plot: str | None = None
@@ -537,7 +537,7 @@ def gate(result: dict[str, Any], config: BandwidthConfig, interface_used: str) -
         f"the fabric is too slow: {row['collective']} of {row['bytes']:,} bytes over {where}: found "
         f"{row['bus_gbytes_per_second']:.3g} GB/s of bus bandwidth, expected at least {minimum:g}; interface: "
         f"{interface_used}; run again with NCCL_DEBUG=INFO to see which transport was taken, and compare "
-        f"python -m common.network --explain"
+        f"python slurm/network.py --explain"
     )
 
 

@@ -11,13 +11,8 @@ node may see the rename before the data; here each rank syncs its files before t
 manifest after it. DCP's `.metadata` is a pickle: only files whose checksums stand in the manifest are loaded.
 """
 
-import hashlib
-import json
-import os
-import shutil
 import uuid
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,35 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from common import manifest
 from common.ranks import Ranks, fail
-
-
-@dataclass
-class CheckpointConfig:
-    """When to save, and how much to keep."""
-
-    every: int = 0
-    """Steps between two checkpoints; 0 saves only at the end, or when the run is told to stop."""
-    keep: int = 2
-    """How many committed checkpoints stay."""
-
-    def __post_init__(self) -> None:
-        if self.every < 0 or self.keep < 1:
-            raise ValueError(
-                f"checkpoint.every = {self.every} must be 0 or more, and checkpoint.keep = {self.keep} at least 1"
-            )
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def checksum(path: Path) -> dict[str, Any]:
-    """Size in bytes and SHA-256 of a file, as a manifest has them."""
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 @runtime_checkable
@@ -95,24 +63,6 @@ def _state(model: Model, optimizer: torch.optim.Optimizer | None) -> dict[str, A
     return {"model": weights, "optimizer": moments}
 
 
-def claim(folder: Path) -> str:
-    """Become the attempt that may commit in `folder`; none before it may any more. Call it on rank 0 alone.
-
-    Of an attempt whose node was lost, a process may still be there, and wake: requeued, the run goes on meanwhile.
-
-    Returns:
-        The attempt's name, for `save`.
-    """
-    name = uuid.uuid4().hex[:12]
-    (folder / f"attempt-{name}.tmp").write_text(name)
-    (folder / f"attempt-{name}.tmp").replace(folder / "attempt")
-    return name
-
-
-def _is_current(folder: Path, attempt: str | None) -> bool:
-    return attempt is None or (folder / "attempt").read_text() == attempt
-
-
 def save(
     folder: Path,
     step: int,
@@ -130,7 +80,8 @@ def save(
             its kind.
         extra: small JSON values that travel along (a gradient scaler's state, say).
         keep: older committed checkpoints beyond this many are removed, after the new one is committed.
-        attempt: on rank 0, what `claim` returned: nothing is committed, or removed, once another attempt has claimed.
+        attempt: on rank 0, what `manifest.claim` returned: once another attempt has claimed the folder, nothing is
+            committed or removed.
 
     Raises:
         SystemExit: (exit code 2, on all ranks) the files could not be written, or a newer attempt has taken over;
@@ -149,15 +100,15 @@ def save(
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process: as meant
             dcp.save(state, storage_writer=dcp.FileSystemWriter(shards, sync_files=True))
         mine = [f"__{ranks.rank}_*.distcp"] + ([".metadata"] if ranks.is_main else [])
-        files = {path.name: checksum(path) for pattern in mine for path in sorted(shards.glob(pattern))}
-        _sync_folder(shards)
+        files = {path.name: manifest.checksum(path) for pattern in mine for path in sorted(shards.glob(pattern))}
+        manifest.sync_folder(shards)
     except (OSError, dcp.CheckpointException) as error:
-        problem = f"checkpoint {target} could not be written: {error}; earlier checkpoints are untouched"
+        problem = manifest.why_it_failed(folder, attempt, f"checkpoint {target} could not be written: {error}")
     ranks.fail_together(problem)
     everything = {name: entry for part in ranks.all_gather(files) for name, entry in part.items()}
     shapes = _shapes(state, ranks)
     if ranks.is_main:
-        manifest = {
+        content = {
             "step": step,
             "world_size": ranks.world_size,
             "optimizer": type(optimizer).__name__ if optimizer else None,
@@ -167,79 +118,13 @@ def save(
             "files": everything,
         }
         try:
-            for name, entry in everything.items():
-                if not (shards / name).is_file() or (shards / name).stat().st_size != entry["bytes"]:
-                    raise OSError(f"rank 0 does not see {name} of another rank; is runs_dir on a shared file system?")
-            temporary = target / f"manifest-{shards.name}.tmp"
-            with open(temporary, "w") as file:
-                json.dump(manifest, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            if _is_current(folder, attempt):
-                try:  # only where there is none: an attempt that stops right here, and wakes late, cannot replace one
-                    os.link(temporary, target / "manifest.json")
-                    temporary.unlink()
-                except OSError:  # there is one, of an attempt before this; or the file system knows no links
-                    if _is_current(folder, attempt):
-                        temporary.replace(target / "manifest.json")
-                _sync_folder(target)
-            if _is_current(folder, attempt):
-                _remove_old(folder, target, keep)
-            else:
-                problem = f"another attempt has taken over {folder}; this one ends, and leaves the checkpoints to it"
+            manifest.commit(target, content, keep, attempt)
         except OSError as error:
-            problem = f"checkpoint {target} could not be committed: {error}; earlier checkpoints are untouched"
+            problem = manifest.why_it_failed(folder, attempt, f"checkpoint {target} could not be committed: {error}")
+        except manifest.TakenOver as error:
+            problem = str(error)
     ranks.fail_together(problem)
     return target
-
-
-def _step_of(checkpoint: Path) -> int:
-    number = checkpoint.name.removeprefix("step_")
-    return int(number) if number.isdigit() else -1
-
-
-def _remove_old(folder: Path, newest: Path, keep: int) -> None:
-    committed = sorted((m.parent for m in folder.glob("step_*/manifest.json")), key=_step_of)
-    torn = [p for p in folder.glob("step_*") if p not in committed and _step_of(p) < _step_of(newest)]
-    for old in committed[:-keep] + torn:
-        (old / "manifest.json").unlink(missing_ok=True)  # first of all: half-removed is not committed
-        shutil.rmtree(old, ignore_errors=True)
-    current = json.loads((newest / "manifest.json").read_text())["shards"]
-    for leftover in newest.glob("shards-*"):  # of an attempt at the same step that died before its commit
-        if leftover.name != current:
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def latest(folder: Path) -> Path | None:
-    """The committed checkpoint with the highest step in `folder`, or None. Call it on rank 0 and broadcast."""
-    return max((manifest.parent for manifest in folder.glob("step_*/manifest.json")), key=_step_of, default=None)
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Read and check a checkpoint's manifest: that it is ours, and that its files are there in their full size.
-
-    Raises:
-        ValueError: with one line on what is wrong.
-    """
-    path = checkpoint / "manifest.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{checkpoint} holds no manifest.json: not a checkpoint of this project, or one never finished"
-        )
-    try:
-        manifest = json.loads(path.read_text())
-        for name, entry in manifest["files"].items():
-            file = checkpoint / manifest["shards"] / name
-            found = file.stat().st_size if file.is_file() else None
-            if found != entry["bytes"]:
-                state = "is missing" if found is None else f"is truncated or changed: {found} bytes"
-                raise ValueError(f"{file} {state}, the manifest says {entry['bytes']}; use another checkpoint")
-        assert {"step", "parameters", "optimizer", "extra"} <= manifest.keys()
-    except (KeyError, TypeError, AttributeError, AssertionError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} is not a manifest that this project wrote ({type(error).__name__}: {error})"
-        ) from None
-    return manifest
 
 
 def load(checkpoint: Path, model: Model, optimizer: torch.optim.Optimizer | None, ranks: Ranks) -> dict[str, Any]:
@@ -251,12 +136,12 @@ def load(checkpoint: Path, model: Model, optimizer: torch.optim.Optimizer | None
     Raises:
         SystemExit: (exit code 2, on all ranks) truncated, changed, foreign, or of another model or optimizer.
     """
-    manifest: dict[str, Any] = ranks.first_or_fail(lambda: read_manifest(checkpoint))
+    content: dict[str, Any] = ranks.first_or_fail(lambda: manifest.read(checkpoint))
     problem: str | None = None
-    shards = checkpoint / manifest["shards"]
-    names = sorted(manifest["files"])[ranks.rank :: ranks.world_size]  # each rank checks its share of the files
+    shards = checkpoint / content["shards"]
+    names = sorted(content["files"])[ranks.rank :: ranks.world_size]  # each rank checks its share of the files
     try:
-        bad = [name for name in names if checksum(shards / name) != manifest["files"][name]]
+        bad = [name for name in names if manifest.checksum(shards / name) != content["files"][name]]
         problem = (
             f"{shards / bad[0]} does not have the checksum of its manifest; use another checkpoint" if bad else None
         )
@@ -268,13 +153,13 @@ def load(checkpoint: Path, model: Model, optimizer: torch.optim.Optimizer | None
 
     state = _state(model, optimizer)
     ours = _shapes(state, ranks)
-    for name in sorted(ours.keys() | manifest["parameters"].keys()):
-        mine, theirs = ours.get(name, "none"), manifest["parameters"].get(name, "none")
+    for name in sorted(ours.keys() | content["parameters"].keys()):
+        mine, theirs = ours.get(name, "none"), content["parameters"].get(name, "none")
         if mine != theirs:
             fail(f"{checkpoint} is of another model: {name} has shape {theirs} there, {mine} here; check model.*")
     kind = type(optimizer).__name__ if optimizer else None
-    if optimizer and kind != manifest["optimizer"]:
-        fail(f"{checkpoint} is of {manifest['optimizer']}, this run uses {kind}; set optimizer.name to match")
+    if optimizer and kind != content["optimizer"]:
+        fail(f"{checkpoint} is of {content['optimizer']}, this run uses {kind}; set optimizer.name to match")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process: as it was meant
         dcp.load(state, storage_reader=dcp.FileSystemReader(shards))
@@ -284,4 +169,4 @@ def load(checkpoint: Path, model: Model, optimizer: torch.optim.Optimizer | None
         set_model_state_dict(model, state["model"])
     else:
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    return manifest
+    return content

@@ -4,13 +4,12 @@
 
 The sections stand beside the code that they configure (`ModelConfig` in `transformer.py`, `OptimizerConfig` in
 `optimizer.py` …). A lesson that needs more derives its own class from `Config` or `RunConfig` and calls `parse` on it.
-jsonargparse does the parsing; a key that does not exist, a value of the wrong type and a value that cannot work end
-the program with one line and exit code 2, on every rank, before any process group exists.
+A key that does not exist, a value of the wrong type and a value that cannot work end the program with one line and
+exit code 2, on every rank, before any process group exists.
 """
 
 import dataclasses
 import difflib
-import itertools
 import json
 import os
 import re
@@ -18,19 +17,20 @@ import sys
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from common.checkpoint import CheckpointConfig
+from common.config_fields import Setting, find_settings, help_text
 from common.data import TextConfig
 from common.data_sharding import BatchConfig
+from common.manifest import CheckpointConfig
 from common.optimizer import OptimizerConfig
 from common.ranks import fail
 from common.transformer import ModelConfig
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the text under a field is its --help
+COMMAND_LINE = "command line"  # where a value stands, in messages, unless it stands in a file
+ConfigT = TypeVar("ConfigT")
 
 
 @dataclass
@@ -81,7 +81,9 @@ class RunConfig:
     timeout_s: float = 600.0
     """Seconds after which a collective that a rank did not enter becomes an error."""
     network_profile: str = "default"
-    """Which NCCL and Gloo variables to set; see python -m common.network --explain."""
+    """Which NCCL and Gloo variables to set; see python slurm/network.py --explain."""
+    tensorboard: bool = False
+    """Also write curves into the run folder for TensorBoard: tensorboard --logdir runs."""
     wandb: bool = False
     """Also log to Weights & Biases (needs the package, and its key in the environment)."""
 
@@ -111,26 +113,43 @@ def _check(condition: bool, key: str, value: object, allowed: str) -> None:
         raise ValueError(f"{key} = {value!r} cannot work; allowed: {allowed}")
 
 
-def _fields(config_class: type, prefix: str = "") -> dict[str, dataclasses.Field[Any]]:
-    """Every setting of a config class by its dotted name, sections included."""
-    found: dict[str, dataclasses.Field[Any]] = {}
-    types = typing.get_type_hints(config_class)
-    for item in dataclasses.fields(config_class):
-        found[prefix + item.name] = item
-        if dataclasses.is_dataclass(types[item.name]):
-            found |= _fields(types[item.name], f"{prefix}{item.name}.")
-    return found
-
-
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        holds_keys = isinstance(value, dict) and value
+        flat |= _flatten(value, f"{prefix}{key}.") if holds_keys else {f"{prefix}{key}": value}
     return flat
 
 
-def _unknown_key(source: str, key: str, value: object, known: dict[str, dataclasses.Field[Any]]) -> str:
-    names = [name for name in known if not any(other.startswith(f"{name}.") for other in known)]
+def _read_file(path: str) -> dict[str, object]:
+    """Return the settings of a YAML or JSON file by dotted name, not checked yet."""
+    if not Path(path).is_file():
+        fail(f"config file {path} does not exist (looked in {Path(path).resolve().parent})")
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        fail(f"{path}: not valid YAML or JSON: {error}")
+    if not isinstance(tree, dict | None):
+        fail(f"{path}: expected settings such as 'train: {{steps: 50}}', found {tree!r:.60}")
+    return _flatten(tree or {})
+
+
+def _read_command_line(arguments: list[str]) -> list[tuple[str, str | None]]:
+    """Return key and text of each `--key value` and `--key=value`, None where no value follows."""
+    pairs: list[tuple[str, str | None]] = []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            fail(f"command line: unexpected {word!r}; expected --key value or --key=value")
+        key, equals, text = word[2:].partition("=")
+        follows = words and not words[0].startswith("--") and key != "print_config"
+        pairs.append((key, text if equals else words.pop(0) if follows else None))
+    return pairs
+
+
+def _fail_unknown(source: str, key: str, value: object, names: list[str]) -> NoReturn:
+    """End the program with a line that names the unknown key, its value, the nearest setting and its neighbors."""
     leaf = {name.rsplit(".", 1)[-1]: name for name in names}
     near = difflib.get_close_matches(key, names, 1, 0.6) or [
         leaf[match] for match in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaf, 1, 0.6)
@@ -138,88 +157,100 @@ def _unknown_key(source: str, key: str, value: object, known: dict[str, dataclas
     section = key.rpartition(".")[0]
     allowed = [name for name in names if name.rpartition(".")[0] == section] or names
     hint = f"; did you mean {near[0]}?" if near else ";"
-    return f"{source}: unknown key {key} (value {value!r}){hint} allowed here: {', '.join(allowed)}"
+    fail(f"{source}: unknown key {key} (value {value!r}){hint} allowed here: {', '.join(allowed)}")
 
 
-def _config_files(arguments: list[str]) -> list[str]:
-    follows = [value for flag, value in itertools.pairwise(arguments) if flag == "--config"]
-    return follows + [a.split("=", 1)[1] for a in arguments if a.startswith("--config=")]
+def _read_value(source: str, key: str, value: Any, settings: dict[str, Setting]) -> Any:
+    """Return a value as the type of its setting; end the program if the setting does not exist or cannot have it."""
+    if inside := [name for name in settings if name.startswith(f"{key}.")]:
+        fail(f"{source}: {key} = {value!r}, but {key} is a section; expected settings in it, such as {inside[0]}")
+    if key not in settings:
+        _fail_unknown(source, key, value, list(settings))
+    setting = settings[key]
+    try:
+        return setting.convert_text(value) if source == COMMAND_LINE else setting.convert(value)
+    except ValueError:
+        shown = value if isinstance(value, str) else json.dumps(value, default=str)
+        advice = "; put it in quotes" if setting.hint is str and not isinstance(value, list | dict) else ""
+        fail(f"{source}: {key} = {shown} has the wrong type or value; allowed: {setting.allowed}{advice}")
 
 
-def _find_unknown(arguments: list[str], known: dict[str, dataclasses.Field[Any]]) -> str | None:
-    """Look for keys that do not exist, in the files first; jsonargparse finds them too, but suggests nothing."""
-    for path in _config_files(arguments):
-        if not Path(path).is_file():
-            return f"config file {path} does not exist (looked in {Path(path).resolve().parent})"
-        try:
-            tree = yaml.safe_load(Path(path).read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            return f"{path}: not valid YAML or JSON: {error}"
-        if not isinstance(tree, dict | None):
-            return f"{path}: expected settings such as 'train: {{steps: 50}}', found {tree!r:.60}"
-        for key, value in _flatten(tree or {}).items():
-            if key not in known:
-                return _unknown_key(path, key, value, known)
-    for position, argument in enumerate(arguments):
-        key, equals, value = argument[2:].partition("=")
-        if argument.startswith("--") and key not in known and key not in ("config", "help", "print_config"):
-            return _unknown_key("command line", key, value if equals else "".join(arguments[position + 1 :][:1]), known)
-    return None
-
-
-def _explain(message: str, parser: ArgumentParser, arguments: list[str]) -> str:
-    """Turn a parser's message into one line that says where the wrong value stands and what is allowed there."""
-    source = "command line"
-    for path in _config_files(arguments):
-        try:
-            parser.parse_path(path)
-        except (ArgumentError, ValueError, TypeError):
-            source = path
-            break
-    if found := re.search(r'key "([\w.]+)".*?Expected an? (.*?)\. Got value: (.*)', message, re.DOTALL):
-        key, allowed, value = found.groups()
-        allowed = re.sub(r"<class '(\w+)'>|typing\.|Literal\[(.*)\]", r"\1\2", allowed)
-        return f"{source}: {key} = {value.strip()} has the wrong type or value; allowed: {allowed}"
-    if found := re.search(r'key "([\w.]+)".*Subtypes: \[(.*?)\]\n.*Given value: (.*)', message, re.DOTALL):
-        key, allowed, value = found.groups()
-        allowed = re.sub(r"<class '(\w+)'>", r"\1", allowed).replace("NoneType", "null")
-        return f"{source}: {key} = {value.strip()} has the wrong type; allowed: {allowed}"
-    return f"{source}: {message}"
-
-
-ConfigT = TypeVar("ConfigT")
+def _build(config_class: type[ConfigT], values: dict[str, Any], prefix: str = "") -> ConfigT:
+    """Return the config, with the values by dotted name given to it and to its sections."""
+    given: dict[str, Any] = {}
+    hints = typing.get_type_hints(config_class)
+    for item in dataclasses.fields(typing.cast(Any, config_class)):
+        name = prefix + item.name
+        if dataclasses.is_dataclass(hints[item.name]):
+            given[item.name] = _build(hints[item.name], values, f"{name}.")
+        elif name in values:
+            given[item.name] = values[name]
+    return config_class(**given)
 
 
 def parse(config_class: type[ConfigT], arguments: list[str] | None = None) -> ConfigT:
     """Read the settings: the defaults of `config_class`, then `--config FILE`, then overrides (`--train.steps 50`).
 
     Args:
-        config_class: a dataclass whose fields are values or dataclasses.
+        config_class: a dataclass whose fields have defaults, and are values or dataclasses (sections).
         arguments: the command line without the program's name; `sys.argv[1:]` by default. The `--local_rank=N` that
             some launchers add is accepted and ignored: `common.ranks` reads the environment.
 
     Raises:
-        SystemExit: exit code 2 after one line that names file, key, value, what is allowed, and the nearest key.
+        SystemExit: exit code 2 after one line that names file, key, value, what is allowed, and the nearest key; exit
+            code 0 after `--help` or `--print_config`, which print.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     arguments = [a for a in arguments if not re.fullmatch(r"--local[-_]rank=\d+", a)]
-    known = _fields(config_class)
-    if unknown := _find_unknown(arguments, known):
-        fail(unknown)
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="a YAML or JSON file with settings")
-    parser.add_class_arguments(config_class, fail_untyped=True)
-    # A section's default instance may have filled in values (a model preset fills the sizes); start from what the
-    # fields say, so that an override of the preset is not overruled by the sizes of the default one.
-    defaults = {name: item.default for name, item in known.items() if item.default is not dataclasses.MISSING}
-    parser.set_defaults(defaults)
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text(config_class))
+        raise SystemExit(0)
+    settings = find_settings(config_class)
+    flags = _read_command_line(arguments)
+    for key, text in flags:
+        if text is None and (key == "config" or key in settings):
+            fail(f"{COMMAND_LINE}: --{key}: expected one argument")
+    sections = {name.rpartition(".")[0] for name in settings}
+    given = [
+        (str(file), key, value)
+        for flag, file in flags
+        if flag == "config"
+        for key, value in _read_file(str(file)).items()
+        if not (key in sections and value in (None, {}))  # a section with nothing in it
+    ]
+    given += [(COMMAND_LINE, key, text or "") for key, text in flags if key not in ("config", "print_config")]
+    values = {key: _read_value(source, key, value, settings) for source, key, value in given}
     try:
-        settings = parser.instantiate(parser.parse_args(arguments))
-        return config_class(**{name: settings[name] for name in known if "." not in name})
-    except ArgumentError as error:
-        fail(_explain(str(error), parser, arguments))
-    except (ValueError, TypeError) as error:  # from the __post_init__ of a section
-        fail(f"{', '.join(_config_files(arguments)) or 'command line'}: {error}")
+        config = _build(config_class, values)
+    except ValueError as error:  # from the __post_init__ of a section
+        sources = [source for source, key, _ in given if key in str(error)] or [source for source, *_ in given]
+        fail(f"{', '.join(dict.fromkeys(sources)) or 'defaults'}: {error}")
+    if "print_config" in dict(flags):
+        print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+        raise SystemExit(0)
+    return config
+
+
+def read_run_config(folder: Path) -> Config:
+    """Read what an evaluation needs from a run's config.yaml: model, data, batch, seed and train.precision.
+
+    Other settings have their defaults. A run's script may have sections of its own (fsdp, mesh, deepspeed …).
+
+    Raises:
+        ValueError: the run's model is no transformer, its data are no text, or the file is not valid YAML.
+    """
+    path = folder / "config.yaml"
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    sections = {"model": ModelConfig, "data": TextConfig, "batch": BatchConfig}
+    wanted = {name: tree.get(name, {}) for name in sections}
+    if unknown := _flatten(wanted).keys() - find_settings(Config).keys():
+        raise ValueError(f"{path}: {sorted(unknown)[0]} is no setting of a transformer that trains on text")
+    precision = tree.get("train", {}).get("precision", "fp32")
+    values = {name: section(**wanted[name]) for name, section in sections.items()}
+    return Config(train=TrainConfig(precision=precision), seed=tree.get("seed", 1234), **values)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

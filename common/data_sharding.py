@@ -59,7 +59,7 @@ class BatchPlan:
         batch: global and micro-batch size.
         samples: number of samples in the training set.
         seed: decides the order.
-        rank, world_size: place among the *data-parallel* ranks (not always the whole world).
+        dp_rank, dp_size: rank and number of ranks on the data-parallel axis (not always the whole world).
 
     Raises:
         SystemExit: (exit code 2) the sizes do not divide, or the data set is smaller than one batch.
@@ -68,11 +68,11 @@ class BatchPlan:
     batch: BatchConfig
     samples: int
     seed: int
-    rank: int = 0
-    world_size: int = 1
+    dp_rank: int = 0
+    dp_size: int = 1
 
     def __post_init__(self) -> None:
-        size, ranks, micro = self.batch.global_size, self.world_size, self.batch.micro_size
+        size, ranks, micro = self.batch.global_size, self.dp_size, self.batch.micro_size
         if size % ranks:
             fail(
                 f"batch.global_size = {size} does not divide among {ranks} data-parallel ranks; choose a multiple of "
@@ -89,16 +89,16 @@ class BatchPlan:
     @property
     def micro_size(self) -> int:
         """Samples in one micro-batch of this rank."""
-        return self.batch.micro_size or self.batch.global_size // self.world_size
+        return self.batch.micro_size or self.batch.global_size // self.dp_size
 
     @property
     def accumulation(self) -> int:
         """Micro-batches per optimizer step on each rank: derived, never configured."""
-        return self.batch.global_size // self.world_size // self.micro_size
+        return self.batch.global_size // self.dp_size // self.micro_size
 
     def positions(self, step: int) -> list[range]:
         """This rank's part of step `step`: one range of positions in the endless sequence for each micro-batch."""
-        start = step * self.batch.global_size + self.rank * self.accumulation * self.micro_size
+        start = step * self.batch.global_size + self.dp_rank * self.accumulation * self.micro_size
         return [range(start + i * self.micro_size, start + (i + 1) * self.micro_size) for i in range(self.accumulation)]
 
     def sample(self, position: int) -> int:
@@ -122,14 +122,14 @@ class _ByPosition(Dataset):
 
 
 class Loader:
-    """Brings the micro-batches of any step to this rank's device; steps asked for in order are loaded ahead.
+    """Brings the micro-batches of any step to this rank's device; with workers, the following steps are loaded ahead.
 
     Args:
         dataset: items are tensors or tuples of tensors; with an attribute `augments` that is true, its random
             transforms see a seed of their own for every position.
         plan: who gets what.
         device: where the tensors go (from pinned memory, without waiting, to a GPU).
-        workers: loader processes; 0 loads in this process.
+        workers: loader processes, each two micro-batches ahead; 0 loads in this process, when a batch is asked for.
     """
 
     def __init__(self, dataset: SizedDataset, plan: BatchPlan, device: torch.device, workers: int = 0) -> None:
@@ -180,24 +180,24 @@ def evaluation_batches(
     dataset: SizedDataset,
     batch_size: int,
     device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
+    dp_rank: int = 0,
+    dp_size: int = 1,
     workers: int = 0,
-    same_count: bool = False,
+    equal_batches: bool = False,
 ) -> Iterator[Any]:
     """Yield this rank's part of an evaluation set: every sample on exactly one rank, none twice, no padding.
 
     Ranks may get different numbers of samples, even none: sum losses and counts over the ranks, then divide. Nothing
-    collective may happen per batch; where it must (a model whose layers are gathered for each forward), `same_count`
+    collective may happen per batch; where it must (a model whose layers are gathered for each forward), `equal_batches`
     gives every rank equally many batches of (inputs, targets): in those beyond its own no target counts (-100).
     """
-    mine = range(rank, len(dataset), world_size)
+    mine = range(dp_rank, len(dataset), dp_size)
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     own = torch.Generator()
     loader: Any = DataLoader(dataset, batch_sampler=batches, num_workers=workers, generator=own)  # type: ignore[arg-type]
     for batch in loader:
         yield to_device(batch, device)
-    longest = -(-len(dataset) // world_size)  # samples of rank 0
-    for _ in range(len(batches), -(-longest // batch_size) if same_count else 0):
+    longest = -(-len(dataset) // dp_size)  # samples of rank 0
+    for _ in range(len(batches), -(-longest // batch_size) if equal_batches else 0):
         inputs, targets = dataset[0]
         yield to_device((inputs[None], torch.full_like(targets[None], -100)), device)

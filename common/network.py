@@ -1,7 +1,6 @@
 """The environment of NCCL and Gloo, by kind of network: what is set, by whom, and why.
 
-    python -m common.network --profile infiniband --explain    # a table: every variable and its reason
-    eval "$(python -m common.network --profile infiniband)"    # set it in this shell
+    python slurm/network.py --profile infiniband --explain    # a table: every variable and its reason
 
 NCCL looks at its machine and chooses; a list of variables copied from another cluster mostly takes that
 choice away. So `default` sets diagnostics only, and a named profile adds only what NCCL cannot find out.
@@ -11,17 +10,12 @@ What the variables do is taken from NCCL's user guide, the EFA page of aws-ofi-n
 Google Cloud's page on GPU networking, and PyTorch's ProcessGroupNCCL.hpp and FlightRecorder.hpp.
 """
 
-import argparse
 import difflib
 import os
-import shlex
-import shutil
 import socket
 import sys
-import textwrap
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import psutil
 
@@ -37,15 +31,14 @@ class Variable:
     other_name: str = ""  # torch reads either; whoever has set one of the two has chosen
 
 
-V = Variable
 DIAGNOSTICS = (
-    V("TORCH_FR_BUFFER_SIZE", "2000", "flight recorder: how many of its last collectives a rank remembers",
-      "after a hang it names the collective and the missing rank; older releases of torch have it off",
-      "TORCH_NCCL_TRACE_BUFFER_SIZE"),
-    V("TORCH_NCCL_DUMP_ON_TIMEOUT", "1", "ranks write the flight recorder to files when a collective fails",
-      "else it ends with the process; older releases of torch have it off", "TORCH_FR_DUMP_ON_TIMEOUT"),
-    V("NCCL_DEBUG", "WARN", "NCCL prints its version, and the reason when one of its calls fails",
-      "NCCL is silent by default; INFO prints pages a rank: for one debugging run, not for every run"),
+    Variable("TORCH_FR_BUFFER_SIZE", "2000", "flight recorder: how many of its last collectives a rank remembers",
+        "after a hang it names the collective and the missing rank; older releases of torch have it off",
+        "TORCH_NCCL_TRACE_BUFFER_SIZE"),
+    Variable("TORCH_NCCL_DUMP_ON_TIMEOUT", "1", "ranks write the flight recorder to files when a collective fails",
+        "else it ends with the process; older releases of torch have it off", "TORCH_FR_DUMP_ON_TIMEOUT"),
+    Variable("NCCL_DEBUG", "WARN", "NCCL prints its version, and the reason when one of its calls fails",
+        "NCCL is silent by default; INFO prints pages a rank: for one debugging run, not for every run"),
 )  # fmt: skip
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 NO_VERBS = "no InfiniBand or RoCE: TCP sockets between machines"
@@ -55,58 +48,38 @@ STREAMS = "TCP streams that each of those threads opens"
 PROFILES: dict[str, tuple[Variable, ...]] = {
     "default": DIAGNOSTICS,
     "laptop": (*DIAGNOSTICS,
-        V("GLOO_SOCKET_IFNAME", LOOPBACK, "the interface on which Gloo's ranks meet",
-          "all ranks are on this machine; the host name's address, Gloo's own choice, can go with a VPN"),
+        Variable("GLOO_SOCKET_IFNAME", LOOPBACK, "the interface on which Gloo's ranks meet",
+            "all ranks are on this machine; the host name's address, Gloo's own choice, can go with a VPN"),
     ),
     "ethernet": (*DIAGNOSTICS,
-        V("NCCL_IB_DISABLE", "1", NO_VERBS,
-          "else NCCL prefers any RDMA port that is up, connected or not; where RoCE works, take infiniband"),
-        V("NCCL_SOCKET_NTHREADS", "4", THREADS,
-          "the NCCL guide's value for 100 Gbit/s Ethernet, default 1; they compete with data loader workers"),
-        V("NCCL_NSOCKS_PERTHREAD", "4", STREAMS,
-          "the NCCL guide's value for 100 Gbit/s Ethernet, default 1; threads × streams may be 64 at most"),
+        Variable("NCCL_IB_DISABLE", "1", NO_VERBS,
+            "else NCCL prefers any RDMA port that is up, connected or not; where RoCE works, take infiniband"),
+        Variable("NCCL_SOCKET_NTHREADS", "4", THREADS,
+            "the NCCL guide's value for 100 Gbit/s Ethernet, default 1; they compete with data loader workers"),
+        Variable("NCCL_NSOCKS_PERTHREAD", "4", STREAMS,
+            "the NCCL guide's value for 100 Gbit/s Ethernet, default 1; threads × streams may be 64 at most"),
     ),
     "infiniband": (*DIAGNOSTICS,
-        V("NCCL_NET", "IB", NET,
-          "else a missing driver, or a container without /dev/infiniband, means slow TCP and no word of it; "
-          "where a plugin drives the fabric, set that plugin's name"),
+        Variable("NCCL_NET", "IB", NET,
+            "else a missing driver, or a container without /dev/infiniband, means slow TCP and no word of it; "
+            "where a plugin drives the fabric, set that plugin's name"),
     ),
     "aws-efa": (*DIAGNOSTICS,
-        V("NCCL_NET", "Libfabric", NET,
-          "else a missing aws-ofi-nccl plugin means slow TCP and no word of it; "
-          "up to version 1.11 the plugin is called 'AWS Libfabric'"),
-        V("FI_EFA_USE_HUGE_PAGE", "0", "EFA's buffers use no huge pages",
-          "else forking data loader workers can fail (Cannot allocate memory) when the huge pages run out"),
+        Variable("NCCL_NET", "Libfabric", NET,
+            "else a missing aws-ofi-nccl plugin means slow TCP and no word of it; "
+            "up to version 1.11 the plugin is called 'AWS Libfabric'"),
+        Variable("FI_EFA_USE_HUGE_PAGE", "0", "EFA's buffers use no huge pages",
+            "else forking data loader workers can fail (Cannot allocate memory) when the huge pages run out"),
     ),
     "gcp": (*DIAGNOSTICS,
-        V("NCCL_IB_DISABLE", "1", NO_VERBS,
-          "A2, G2, G4 and N1 machines have no RDMA; A3 and later need an NCCL plugin, with its settings"),
-        V("NCCL_SOCKET_NTHREADS", "4", THREADS,
-          "what NCCL itself chooses on Google's gVNIC; said here so that VirtIO cards get it too"),
-        V("NCCL_NSOCKS_PERTHREAD", "2", STREAMS,
-          "one TCP stream may not fill the link; 4 × 2 = 8 streams, of 64 at most"),
+        Variable("NCCL_IB_DISABLE", "1", NO_VERBS,
+            "A2, G2, G4 and N1 machines have no RDMA; A3 and later need an NCCL plugin, with its settings"),
+        Variable("NCCL_SOCKET_NTHREADS", "4", THREADS,
+            "what NCCL itself chooses on Google's gVNIC; said here so that VirtIO cards get it too"),
+        Variable("NCCL_NSOCKS_PERTHREAD", "2", STREAMS,
+            "one TCP stream may not fill the link; 4 × 2 = 8 streams, of 64 at most"),
     ),
 }  # fmt: skip
-
-LEFT_ALONE = (  # what guides set, and no profile here does
-    V("NCCL_SOCKET_IFNAME", "", "interfaces for TCP and NCCL's start-up: prefixes; ^ excludes, = is exact",
-      "a fact of one site; by itself NCCL avoids lo and docker* and prefers ib*: naming one ends that"),
-    V("NCCL_IB_HCA", "", "which InfiniBand adapters to use",
-      "a fact of one site; with = in front, or mlx5_1 means mlx5_10 too"),
-    V("NCCL_NET_GDR_LEVEL", "", "how far apart GPU and adapter may be for GPUDirect: LOC PIX PXB PHB SYS",
-      "NCCL reads the topology; the numbers in old guides have changed their meaning between versions"),
-    V("NCCL_IB_TIMEOUT", "", "how long an adapter waits for an acknowledgement: 4.096 µs × 2^value",
-      "20 since NCCL 2.23, about 30 s with 7 retries; the 22 of old guides answered a default of 14"),
-    V("NCCL_BUFFSIZE", "", "bytes of the buffer between two GPUs", "4194304, as guides set, is the default"),
-    V("NCCL_ALGO", "", "Ring, Tree, …", "the best one depends on size and ranks: NCCL chooses each time"),
-    V("NCCL_PROTO", "", "Simple, LL or LL128", "as NCCL_ALGO; EFA needed it up to aws-ofi-nccl 1.5 only"),
-    V("FI_EFA_USE_DEVICE_RDMA", "", "1: EFA with RDMA", "not needed since libfabric 1.18, aws-ofi-nccl 1.7"),
-    V("TORCH_NCCL_ASYNC_ERROR_HANDLING", "", "what happens to a process whose collective failed",
-      "torch's default, 3, ends it; 1, as guides set, cleans up first, which can hang"),
-    V("CUDA_DEVICE_MAX_CONNECTIONS", "", "hardware queues between CPU and GPU",
-      "1 is for Megatron's tensor and sequence parallelism before Blackwell; FSDP overlaps worse with it"),
-)  # fmt: skip
-PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_FR_", "TORCH_GLOO_", "FI_", "CUDA_DEVICE_MAX_")
 
 
 def rows(profile: str) -> tuple[Variable, ...]:
@@ -160,52 +133,3 @@ def interfaces() -> list[str]:
     """The network interfaces of this machine that have an IP address: those that Gloo can use."""
     families = (socket.AF_INET, socket.AF_INET6)
     return [name for name, have in psutil.net_if_addrs().items() if any(a.family in families for a in have)]
-
-
-def explain(profile: str, environment: Mapping[str, str] = os.environ, width: int = 160) -> str:
-    """A table of `width` characters: the profile's variables, the user's, and those that nobody sets."""
-    table = [("variable", "value", "set by", "what it does", "why here")]
-    for v in rows(profile):
-        name = next((n for n in (v.name, v.other_name) if n in environment), "")
-        who = f"you ({profile}: {v.value})" if name else profile
-        table.append((name or v.name, environment.get(name, v.value), who, v.what, v.why))
-    known = {v.name: v for some in (*PROFILES.values(), LEFT_ALONE) for v in some}
-    listed = {row[0] for row in table}
-    for name in sorted(n for n in environment if n.startswith(PREFIXES) and n not in listed):
-        v = known.get(name, Variable(name, "", "", "no profile knows it"))
-        inert = (profile, name) == ("aws-efa", "NCCL_IB_DISABLE")
-        why = "without effect here: EFA is driven by its plugin" if inert else f"not in {profile}: {v.why}"
-        table.append((name, environment[name], "you", v.what, why))
-    table += [(v.name, "", "nobody", v.what, v.why) for v in LEFT_ALONE if v.name not in environment]
-
-    fixed = [max(len(row[i]) for row in table) for i in range(3)]
-    rest = max(24, (width - sum(fixed) - 2 * 4) // 2)
-    lines = []
-    for row in table:
-        cells = [[row[0]], [row[1]], [row[2]], textwrap.wrap(row[3], rest), textwrap.wrap(row[4], rest)]
-        for line in zip_longest(*cells, fillvalue=""):
-            columns = (text.ljust(size) for text, size in zip(line, [*fixed, rest, rest], strict=True))
-            lines.append("  ".join(columns).rstrip())
-    return "\n".join(lines)
-
-
-def main() -> int:
-    """The command line. Returns the exit status: 2, after one line on stderr, if the settings cannot work."""
-    parser = argparse.ArgumentParser("python -m common.network", description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", default="default", help=f"the kind of network: {', '.join(PROFILES)}")
-    parser.add_argument("--explain", action="store_true", help="print a table instead of export lines")
-    options = parser.parse_args()
-    try:
-        if options.explain:
-            print(explain(options.profile, width=shutil.get_terminal_size((160, 0)).columns))
-        chosen = apply(options.profile)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if not options.explain:
-        print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in chosen.items()))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,7 +18,7 @@ class OptimizerConfig:
     lr: float = 3e-3
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of AdamW's two averages."""
+    """Decay of AdamW's first and second moments."""
     weight_decay: float = 0.1
     """Applied to matrices only; norms and biases are left alone."""
     warmup_steps: int = 10

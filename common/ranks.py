@@ -23,10 +23,11 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-# Optimizers import this module, and the defaults of its functions (`group=group.WORLD`) keep whatever group exists at
-# that moment. Imported here, before any does, they keep none; else ours would outlive `leave`, and a finished process
-# would abort now and then ("terminate called without an active exception") when Python takes its threads away.
+# torch.optim imports this module, and its default arguments (`group=group.WORLD`) capture the process group that exists
+# then. Import it before the group exists, or the group outlives `leave`, and a finished process sometimes aborts
+# ("terminate called without an active exception") when Python takes the group's threads away.
 import torch.distributed.nn
+from tqdm import tqdm
 
 from common import network
 
@@ -48,8 +49,8 @@ def fail(message: str) -> NoReturn:
 
 
 @dataclass(frozen=True)
-class Place:
-    """What the launcher says of this process: its rank, out of how many, and on this node likewise."""
+class LaunchInfo:
+    """Rank and world size, globally and on this node, as the launcher set them."""
 
     rank: int
     world_size: int
@@ -81,6 +82,12 @@ class Ranks:
         """What DistributedDataParallel wants as `device_ids`: one GPU, or None on the CPU."""
         return [self.device.index] if self.device.type == "cuda" else None
 
+    def print(self, line: str) -> None:
+        """Print a line on rank 0, above a progress bar."""
+        if self.is_main:
+            tqdm.write(line)
+            sys.stdout.flush()  # a pipe holds it back otherwise
+
     def barrier(self) -> None:
         """Wait for all ranks; nothing to wait for without a process group."""
         if dist.is_initialized():
@@ -106,7 +113,8 @@ class Ranks:
             fail(problems[0])
 
     def first_or_fail(self, function: Callable[[], Any]) -> Any:
-        """Call `function` on rank 0 alone, and give every rank what it returns; its ValueError or OSError ends all."""
+        """Call `function` on rank 0 alone, and give every rank what it returns; a ValueError or OSError there
+        ends every rank."""
         value, problem = None, None
         if self.is_main:
             try:
@@ -175,7 +183,7 @@ def _first_host(nodelist: str) -> str:
     return prefix + rest.split("]")[0].split(",")[0].split("-")[0]
 
 
-def read_environment(environment: Mapping[str, str] | None = None) -> Place:
+def read_environment(environment: Mapping[str, str] | None = None) -> LaunchInfo:
     """Find out from the launcher's variables who this process is.
 
     Looked for in this order: torchrun (RANK …), an `srun` step (SLURM_STEP_NUM_TASKS …), Open MPI, PMI (MPICH and
@@ -198,7 +206,7 @@ def read_environment(environment: Mapping[str, str] | None = None) -> Place:
         _require(env, [*names, "MASTER_ADDR", "MASTER_PORT"], "torchrun")
         rank, size, local_rank = _integers(env, names, "torchrun")
         local_size = _integers(env, ["LOCAL_WORLD_SIZE"], "torchrun")[0] if "LOCAL_WORLD_SIZE" in env else size
-        place = Place(rank, size, local_rank, local_size, "torchrun", address, int(port))
+        launch = LaunchInfo(rank, size, local_rank, local_size, "torchrun", address, int(port))
     elif in_step:
         names = ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"]
         rank, size, local_rank = _integers(env, names, "srun")
@@ -208,36 +216,38 @@ def read_environment(environment: Mapping[str, str] | None = None) -> Place:
         port = port or str(_port(f"{job}.{env.get('SLURM_STEP_ID', '0')}"))
         if int(env.get("WORLD_SIZE", size)) != size:
             fail(f"WORLD_SIZE={env['WORLD_SIZE']} but this srun step has {size} tasks; do not export WORLD_SIZE")
-        place = Place(rank, size, local_rank, local_size, "srun", address, int(port))
+        launch = LaunchInfo(rank, size, local_rank, local_size, "srun", address, int(port))
     elif "OMPI_COMM_WORLD_RANK" in env or "OMPI_COMM_WORLD_SIZE" in env:
         names = [f"OMPI_COMM_WORLD_{what}" for what in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
         job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or str(os.getppid())
-        place = _mpi_place("mpirun", env, names, address, port, job)
+        launch = _mpi_launch("mpirun", env, names, address, port, job)
     elif "PMI_RANK" in env or "PMI_SIZE" in env:
         names = ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"]
-        place = _mpi_place("mpiexec", env, names, address, port, str(os.getppid()))
+        launch = _mpi_launch("mpiexec", env, names, address, port, str(os.getppid()))
     else:
-        return Place(0, 1, 0, 1, "python")
+        return LaunchInfo(0, 1, 0, 1, "python")
 
-    if not (place.rank < place.world_size and place.local_rank < place.local_world_size <= place.world_size):
+    if not (launch.rank < launch.world_size and launch.local_rank < launch.local_world_size <= launch.world_size):
         fail(
-            f"the {place.launcher} environment contradicts itself: rank {place.rank} of {place.world_size}, "
-            f"local rank {place.local_rank} of {place.local_world_size}; each rank must be below its size"
+            f"the {launch.launcher} environment contradicts itself: rank {launch.rank} of {launch.world_size}, "
+            f"local rank {launch.local_rank} of {launch.local_world_size}; each rank must be below its size"
         )
-    return place
+    return launch
 
 
-def _mpi_place(launcher: str, env: Mapping[str, str], names: list[str], address: str, port: str, job: str) -> Place:
+def _mpi_launch(
+    launcher: str, env: Mapping[str, str], names: list[str], address: str, port: str, job: str
+) -> LaunchInfo:
     rank, size, local_rank, local_size = _integers(env, names, launcher)
     if local_size != size and not (address and port):
         fail(
             f"{launcher} started ranks on several nodes, and MPI does not tell them where rank 0 listens: found "
             f"MASTER_ADDR={address!r} and MASTER_PORT={port!r}; export both to all ranks (mpirun -x MASTER_ADDR …)"
         )
-    return Place(rank, size, local_rank, local_size, launcher, address or "localhost", int(port or _port(job)))
+    return LaunchInfo(rank, size, local_rank, local_size, launcher, address or "localhost", int(port or _port(job)))
 
 
-def choose_device(wanted: str, place: Place) -> torch.device:
+def choose_device(wanted: str, launch: LaunchInfo) -> torch.device:
     """Choose this rank's device: `cuda:local_rank`, or `cuda:0` where the launcher shows each task one GPU, or the CPU.
 
     Args:
@@ -266,13 +276,13 @@ def choose_device(wanted: str, place: Place) -> torch.device:
         if wanted == "cuda":
             fail("device=cuda was asked for but CUDA finds no GPU; check nvidia-smi, or use --device cpu")
         return torch.device("cpu")
-    if place.local_rank < gpus:
-        index = place.local_rank
-    elif gpus == 1 and place.launcher != "torchrun":
+    if launch.local_rank < gpus:
+        index = launch.local_rank
+    elif gpus == 1 and launch.launcher != "torchrun":
         index = 0  # --gpus-per-task and its like: every task sees its own GPU as number 0
     else:
         fail(
-            f"local rank {place.local_rank} has no GPU: {place.local_world_size} processes, {gpus} visible GPU(s) on "
+            f"local rank {launch.local_rank} has no GPU: {launch.local_world_size} processes, {gpus} visible GPU(s) on "
             f"this node; start one process per GPU, or use --device cpu"
         )
     torch.cuda.set_device(index)
@@ -285,17 +295,17 @@ def single_process(device: str = "auto") -> Ranks:
     Raises:
         SystemExit: (exit code 2) a launcher started several processes: each would train the same model in vain.
     """
-    place = read_environment()
-    if place.world_size > 1:
+    launch = read_environment()
+    if launch.world_size > 1:
         fail(
-            f"{sys.argv[0]} is a script for one process, but {place.launcher} started {place.world_size}; start it "
+            f"{sys.argv[0]} is a script for one process, but {launch.launcher} started {launch.world_size}; start it "
             f"with plain python, or use ddp/train.py"
         )
-    return Ranks(0, 1, 0, 1, place.launcher, choose_device(device, place))
+    return Ranks(0, 1, 0, 1, launch.launcher, choose_device(device, launch))
 
 
-def before_joining() -> None:
-    """What comes before a process group: `join` does it, and who lets a framework start the group calls it.
+def prepare_process_group() -> None:
+    """Prepare the process for a process group. `join` calls it; call it yourself if a framework creates the group.
 
     Raises:
         SystemExit: (exit code 2) torchrun has restarted the ranks, and they would not find each other.
@@ -307,7 +317,7 @@ def before_joining() -> None:
             f"ones, which Gloo would try; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun --max-restarts"
         )
     # A wrapped model and its hooks refer to each other and to the process group, whose threads must end before Python
-    # does: such circles are freed while it is still whole.
+    # does: collect such reference cycles while it is still whole.
     atexit.unregister(gc.collect)  # once is enough, however often a process joins
     atexit.register(gc.collect)
 
@@ -323,37 +333,37 @@ def join(device: str = "auto", timeout_s: float = 600.0, network_profile: str = 
     Raises:
         SystemExit: (exit code 2) half-set environment, no device, port in use, a rank that never came.
     """
-    place = read_environment()
-    before_joining()
+    launch = read_environment()
+    prepare_process_group()
     try:
         network.apply(network_profile)
     except ValueError as error:
         fail(str(error))
-    chosen = choose_device(device, place)
+    chosen = choose_device(device, launch)
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     device_id = chosen if chosen.type == "cuda" else None
     try:
-        if place.launcher == "python":  # one process needs neither port nor host
+        if launch.launcher == "python":  # one process needs neither port nor host
             dist.init_process_group(
                 backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id
             )
         else:
             os.environ.update(
-                RANK=str(place.rank),
-                WORLD_SIZE=str(place.world_size),
-                LOCAL_RANK=str(place.local_rank),
-                LOCAL_WORLD_SIZE=str(place.local_world_size),
-                MASTER_ADDR=place.master_addr,
-                MASTER_PORT=str(place.master_port),
+                RANK=str(launch.rank),
+                WORLD_SIZE=str(launch.world_size),
+                LOCAL_RANK=str(launch.local_rank),
+                LOCAL_WORLD_SIZE=str(launch.local_world_size),
+                MASTER_ADDR=launch.master_addr,
+                MASTER_PORT=str(launch.master_port),
             )
             dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     except RuntimeError as error:  # torch.distributed's own errors among them
-        where, reason = f"{place.master_addr}:{place.master_port}", str(error).splitlines()[0].rstrip(".")
+        where, reason = f"{launch.master_addr}:{launch.master_port}", str(error).splitlines()[0].rstrip(".")
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             fail(f"port {where} is in use by another program; set MASTER_PORT to a free one for all ranks")
         fail(
-            f"rank {place.rank} of {place.world_size} could not join the others at {where} within {timeout_s:g} s: "
+            f"rank {launch.rank} of {launch.world_size} could not join the others at {where} within {timeout_s:g} s: "
             f"{reason}; check that all ranks were started and that this host and port are reachable"
         )
-    return Ranks(place.rank, place.world_size, place.local_rank, place.local_world_size, place.launcher, chosen)
+    return Ranks(launch.rank, launch.world_size, launch.local_rank, launch.local_world_size, launch.launcher, chosen)

@@ -36,7 +36,11 @@ _UNLESS_PRESET: dict[str, Any] = dict(
     rope_theta=10000.0, rope_factor=1.0, rope_low_frequency_factor=1.0, rope_high_frequency_factor=4.0,
     rope_original_sequence=8192, norm_eps=1e-5, tied=False, experts=0, experts_per_token=2,
 )  # fmt: skip
-_FROM_PRESET: Any = None
+
+
+def _from_preset() -> Any:
+    """The default of a field whose value comes from the preset: None until `ModelConfig.__post_init__` has run."""
+    return dataclasses.field(default=None, metadata={"default": "from the preset"})
 
 
 @dataclasses.dataclass
@@ -49,39 +53,39 @@ class ModelConfig:
 
     preset: str = "tiny"
     """A named shape: tiny, tiny_moe, gpt_124m, llama_1b, llama3_8b, llama3_70b."""
-    vocabulary: int = _FROM_PRESET
+    vocabulary: int = _from_preset()
     """Number of different tokens."""
-    width: int = _FROM_PRESET
+    width: int = _from_preset()
     """Size of the residual stream."""
-    layers: int = _FROM_PRESET
+    layers: int = _from_preset()
     """Transformer blocks."""
-    heads: int = _FROM_PRESET
+    heads: int = _from_preset()
     """Attention heads."""
-    kv_heads: int = _FROM_PRESET
+    kv_heads: int = _from_preset()
     """Key-value heads; fewer than heads: grouped-query attention."""
-    head_size: int = _FROM_PRESET
-    """Size of one head; by default width / heads."""
-    ffn_width: int = _FROM_PRESET
+    head_size: int = _from_preset()
+    """Size of one head; if not given, width / heads."""
+    ffn_width: int = _from_preset()
     """Inner width of the feed-forward layer (of each expert)."""
-    max_sequence: int = _FROM_PRESET
+    max_sequence: int = _from_preset()
     """Longest sequence that the model accepts."""
-    rope_theta: float = _FROM_PRESET
+    rope_theta: float = _from_preset()
     """Base of the rotary embedding's frequencies."""
-    rope_factor: float = _FROM_PRESET
+    rope_factor: float = _from_preset()
     """1: plain rotary embedding; above: Llama 3.1's scaling, with the three settings below."""
-    rope_low_frequency_factor: float = _FROM_PRESET
+    rope_low_frequency_factor: float = _from_preset()
     """Wavelengths above rope_original_sequence / this are stretched by rope_factor."""
-    rope_high_frequency_factor: float = _FROM_PRESET
+    rope_high_frequency_factor: float = _from_preset()
     """Wavelengths below rope_original_sequence / this stay as they are."""
-    rope_original_sequence: int = _FROM_PRESET
+    rope_original_sequence: int = _from_preset()
     """The sequence length before the scaling."""
-    norm_eps: float = _FROM_PRESET
+    norm_eps: float = _from_preset()
     """Added to the mean square in RMSNorm."""
-    tied: bool = _FROM_PRESET
+    tied: bool = _from_preset()
     """The head uses the embedding's weight."""
-    experts: int = _FROM_PRESET
+    experts: int = _from_preset()
     """Experts of each feed-forward layer; 0: dense."""
-    experts_per_token: int = _FROM_PRESET
+    experts_per_token: int = _from_preset()
     """How many experts each token goes to."""
 
     def __post_init__(self) -> None:

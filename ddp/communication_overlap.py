@@ -24,7 +24,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from overlap_report import draw_timeline, print_report
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -290,7 +291,7 @@ def main(config: OverlapConfig) -> None:
         fail("one process has nobody to average with; start several with torchrun --nproc-per-node=2")
     batch = BatchConfig(config.batch.global_size)
     plan = BatchPlan(batch, config.batch.global_size, config.seed, ranks.rank, ranks.world_size)
-    folder = open_folder(config.output, ranks)
+    folder = ranks.first_or_fail(lambda: open_folder(config.output))
     model = Transformer(config.model, config.seed).to(ranks.device)
     generator = torch.Generator().manual_seed(derive_seed(config.seed, ranks.rank))
     shape = (plan.micro_size, config.data.sequence_length + 1)
@@ -326,110 +327,16 @@ def main(config: OverlapConfig) -> None:
     ranks.leave()
 
 
-def open_folder(output: str | None, ranks: Ranks) -> Path:
-    """Make the output folder on rank 0; a folder that cannot be made ends all ranks."""
+def open_folder(output: str | None) -> Path:
+    """Make the output folder; called on rank 0. Raises OSError where it cannot be made or written."""
     name = f"ddp-communication_overlap-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(output or Path(os.environ.get("RUNS_DIR", "runs"), name))
-    problem = None
-    if ranks.is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "results.json").touch()
-        except OSError as error:
-            problem = f"output folder {folder}: {error.strerror}; choose one you can write to with --output"
-    if problem := ranks.broadcast(problem):
-        fail(str(problem))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").touch()
+    except OSError as error:
+        raise OSError(f"output folder {folder}: {error.strerror}; choose one you can write to with --output") from None
     return folder
-
-
-def print_report(results: list[dict[str, Any]], where: str, detailed: str) -> None:
-    """The table of all settings, and one setting bucket by bucket."""
-    sizes = [bucket["bytes"] for bucket in results[0]["buckets"]]
-    print(f"{where}; {sum(sizes) // 4:,} parameters in fp32; {len(results[0]['step_ms'])} steps of each, in turns\n")
-    columns = "{:31}{:>8}{:>9}{:>7}{:>12}{:>14}{:>24}{:>10}"
-    print(
-        columns.format("", "buckets", "messages", "MB", "MB held in", "all-reducing", "ms a step: median", "gradient")
-    )
-    print(columns.format("", "", "", "sent", "gradients", "in backward", "(middle half)", "off by"))
-    for row in results:
-        low, median, high = quartiles(row["step_ms"])
-        print(
-            columns.format(
-                row["setting"],
-                len(row["buckets"]),
-                len(row["message_bytes"]),
-                f"{sum(row['message_bytes']) / 1e6:.2f}",
-                f"{row['gradient_memory_bytes'] / 1e6:.2f}",
-                f"{row['share_inside_backward']:.0%}",
-                f"{median:.1f} ({low:.1f} to {high:.1f})",
-                f"{row['relative_gradient_error']:.0e}",
-            )
-        )
-    print("PowerSGD makes up later for what it leaves out: one step is far off, the mean of many less and less.")
-
-    row = next(row for row in results if row["setting"] == detailed)
-    times = row["median_step"]["all_reduces"]
-    print(f"\n{detailed}, in the order of sending; ms since backward began, in the median step of rank 0")
-    print(f"{'bucket':>6}{'MB':>7}{'full':>8}{'averaged':>10}  {'meanwhile, backward computes':30}gradients of")
-    for number, (bucket, (full, averaged)) in enumerate(zip(row["buckets"], times, strict=True)):
-        # Backward fills bucket j from the moment when bucket j - 1 is full.
-        later = [j for j in range(number + 1, len(times)) if times[j - 1][0] < averaged]
-        busy = first_and_last(module for j in later for module in modules(row["buckets"][j]["parameters"]))
-        members = first_and_last(modules(bucket["parameters"]))
-        print(
-            f"{number:>6}{bucket['bytes'] / 1e6:>7.2f}{full:>8.1f}{averaged:>10.1f}  "
-            f"{busy or 'nothing: it is over':30}{members}"
-        )
-    before, after = (statistics.median(result["step_ms"]) for result in (results[0], row))
-    print(f"\nall-reduces after backward: {before:.1f} ms a step; beside it, in the same buckets: {after:.1f} ms")
-
-
-def quartiles(values: list[float]) -> list[float]:
-    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-
-
-def modules(parameters: list[str]) -> list[str]:
-    """`blocks.3.ffn.down.weight` → `blocks.3`; `head.weight` → `head`."""
-    return [".".join(name.split(".")[: 2 if name.startswith("blocks.") else 1]) for name in parameters]
-
-
-def first_and_last(names: Iterable[str]) -> str:
-    unique = list(dict.fromkeys(names))
-    return " … ".join(dict.fromkeys([unique[0], unique[-1]])) if unique else ""
-
-
-def draw_timeline(results: list[dict[str, Any]], where: str, path: Path) -> None:
-    """Draw the median step of each setting: backward on one row, under it a lane for each bucket."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure  # without pyplot: no window system is touched
-
-    heights = [2 + len(row["buckets"]) for row in results]
-    figure = Figure(figsize=(9, 1 + sum(heights) / 4), dpi=120, layout="constrained")
-    panels = figure.subplots(len(results), 1, sharex=True, height_ratios=heights)
-    for panel, row in zip(panels, results, strict=True):
-        step, lanes = row["median_step"], len(row["buckets"])
-        panel.barh(0, step["compute_end"], height=1.4, color="0.45")
-        panel.text(step["compute_end"] / 2, 0, "backward", ha="center", va="center", color="white", fontsize=8)
-        waits = step["end"] - step["compute_end"]
-        panel.barh(0, waits, left=step["compute_end"], height=1.4, color="white", edgecolor="0.45", hatch="////")
-        for lane, (full, averaged) in enumerate(step["all_reduces"]):
-            megabytes = row["buckets"][lane]["bytes"] / 1e6
-            panel.text(averaged, 1.3 + lane, f" {megabytes:.2f} MB", va="center", fontsize=7)
-            colour = colormaps["viridis"](0.85 * lane / max(1, lanes - 1))
-            panel.barh(1.3 + lane, averaged - full, left=full, height=0.8, color=colour)
-        panel.axvline(step["compute_end"], color="0.45", linewidth=0.8, linestyle=":")
-        panel.set_ylim(lanes + 1.2, -0.9)
-        panel.set_xlim(0, 1.08 * max(other["median_step"]["end"] for other in results))
-        panel.set_yticks([0, 1.3 + (lanes - 1) / 2], ["compute", f"{lanes} bucket{'s' if lanes > 1 else ''}"])
-        panel.set_title(
-            f"{row['setting']}: {row['share_inside_backward']:.0%} of all-reducing inside backward",
-            loc="left",
-            fontsize=9,
-        )
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xlabel("milliseconds since backward began; hatched: nothing left to compute, gradients on their way")
-    figure.suptitle(f"DDP: what overlaps with what ({where}, median step of rank 0)", fontsize=11)
-    figure.savefig(path)
 
 
 if __name__ == "__main__":

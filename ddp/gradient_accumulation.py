@@ -132,7 +132,7 @@ def main(config: AccumulationConfig) -> None:
             f"for each of {ranks.world_size} ranks: nothing to accumulate; make batch.global_size larger"
         )
     one_batch = replace(plan, batch=BatchConfig(config.batch.global_size))  # all samples of a rank at once
-    whole_batch = replace(one_batch, rank=0, world_size=1)  # all samples of all ranks at once
+    whole_batch = replace(one_batch, dp_rank=0, dp_size=1)  # all samples of all ranks at once
 
     # ---- the reference: what one process makes of the whole batch, without DDP; each rank computes it anew
     reference = Transformer(config.model, config.seed).to(ranks.device).double()
@@ -142,10 +142,10 @@ def main(config: AccumulationConfig) -> None:
 
     batches = load(train_set, plan, config, ranks)
     counts = ", ".join(str(int(count_valid(targets))) for _, targets in batches[0])
-    say(ranks, f"{ranks.world_size} ranks × {plan.accumulation} micro-batches × {plan.micro_size} samples")
-    say(ranks, f"valid tokens in rank 0's micro-batches: {counts}; loss before the first step: {loss:.4f}\n")
-    say(ranks, f"{'':29} all-reduces   MB sent  gradient off  loss after")
-    say(ranks, f"{'':29}      a step    a step      by up to  {config.train.steps:>4} steps   found")
+    ranks.print(f"{ranks.world_size} ranks × {plan.accumulation} micro-batches × {plan.micro_size} samples")
+    ranks.print(f"valid tokens in rank 0's micro-batches: {counts}; loss before the first step: {loss:.4f}\n")
+    ranks.print(f"{'':29} all-reduces   MB sent  gradient off  loss after")
+    ranks.print(f"{'':29}      a step    a step      by up to  {config.train.steps:>4} steps   found")
 
     one_round, unexpected = 0, []
     for name, (accumulate, expected) in VARIANTS.items():
@@ -162,11 +162,11 @@ def main(config: AccumulationConfig) -> None:
             unexpected.append(f"{name}: {sorted(found)} in {len(messages)} messages, not {sorted(expected)}")
         verdict = ", ".join(sorted(found, reverse=True)) or "right"
         sent = f"{len(messages):>11}{sum(messages) / 1e6:>10.2f}"
-        say(ranks, f"{name:29} {sent}{gradient_off:>14.1e}{loss_after:>12.4f}   {verdict}")
+        ranks.print(f"{name:29} {sent}{gradient_off:>14.1e}{loss_after:>12.4f}   {verdict}")
     ranks.leave()
     if unexpected:
         raise SystemExit(f"[rank {ranks.rank}] error: not what this lesson says: {'; '.join(unexpected)}")
-    say(ranks, "\nThe right ways equal one process; the wrong ones were found, and none of them by its loss.")
+    ranks.print("\nThe right ways equal one process; the wrong ones were found, and none of them by its loss.")
 
 
 def train(
@@ -223,11 +223,6 @@ def load(train_set: TokenDataset, plan: BatchPlan, config: AccumulationConfig, r
         return tokens, targets.masked_fill(positions < prompt_lengths, -100)
 
     return [[mask(*batch) for batch, _ in loader.micro_batches(step)] for step in range(config.train.steps)]
-
-
-def say(ranks: Ranks, line: str) -> None:
-    if ranks.is_main:
-        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python ddp/single_device.py                                            # about a minute on a laptop, loss < 2.5
     python ddp/single_device.py --train.precision bf16 --batch.micro_size 6     # autocast, accumulation of 4
-    python ddp/single_device.py --config ddp/configs/gpt_124m.yaml         # on a GPU
+    python ddp/single_device.py --config ddp/configs/gpt_124m.yaml --train.steps 200   # on a GPU
 
 Precision, gradient accumulation, clipping, warm-up and cosine decay, evaluation, checkpoint and resume, activation
 checkpointing and compilation stand here in the open. `ddp/train.py` is this script plus DDP, and nothing else.
@@ -28,7 +28,7 @@ def main(config: Config) -> None:
     # ---- data: the batch of step N is a pure function of the seed and N
     train_set, validation_set = text_datasets(config.data, config.model.vocabulary)
     plan = BatchPlan(config.batch, len(train_set), config.seed)
-    loader = Loader(train_set, plan, ranks.device)
+    loader = Loader(train_set, plan, ranks.device, config.data.workers)
     tokens_per_step = config.batch.global_size * config.data.sequence_length
 
     # ---- model: weights are kept in fp32 (fp64 for proofs); autocast computes in the low precision
@@ -47,8 +47,9 @@ def main(config: Config) -> None:
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.train.precision == "fp16")
 
     flops = flops_per_token(config.model, config.data.sequence_length)
-    run = Run(config, ranks, "single", tokens_per_step, flops_per_unit=flops, fingerprint=train_set.fingerprint())
-    run.say(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
+    run = Run(config, ranks, "single", units_per_step=tokens_per_step, flops_per_unit=flops,
+              fingerprint=train_set.fingerprint())  # fmt: skip
+    ranks.print(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
     run.restore(model, optimizer, scaler)
 
     # ---- training
@@ -72,7 +73,7 @@ def main(config: Config) -> None:
         if run.wants_evaluation(step):
             with autocast:
                 run.log_validation(step, evaluate(model, validation_set, plan.micro_size, ranks.device))
-        run.save_if_due(step, model, optimizer, scaler)
+        run.end_step(step, model, optimizer, scaler)
     run.finish()
 
 

@@ -1,8 +1,8 @@
 """DDP: every rank holds the whole model; gradients are averaged over the ranks while backward is still running.
 
     torchrun --nproc-per-node=2 ddp/train.py                              # a laptop: about a minute, loss < 2.5
-    torchrun --nproc-per-node=8 ddp/train.py --config ddp/configs/gpt_124m.yaml           # eight GPUs
-    sbatch --nodes=4 --gpus-per-node=8 ddp/multi_node.sbatch --config ddp/configs/gpt_124m.yaml
+    torchrun --nproc-per-node=8 ddp/train.py --config ddp/configs/gpt_124m.yaml --train.steps 200    # 8 GPUs
+    sbatch --nodes=4 --gpus-per-node=8 ddp/multi_node.sbatch --config ddp/configs/gpt_124m.yaml --train.steps 200
 
 The whole difference to `ddp/single_device.py`: join the other ranks, take your part of the batch, wrap the model,
 hold communication back until the last micro-batch, and sum what is measured over the ranks.
@@ -34,7 +34,7 @@ def main(config: Config) -> None:
     # ---- data: the batch of step N is a pure function of the seed and N
     train_set, validation_set = text_datasets(config.data, config.model.vocabulary)
     plan = BatchPlan(config.batch, len(train_set), config.seed, ranks.rank, ranks.world_size)
-    loader = Loader(train_set, plan, ranks.device)
+    loader = Loader(train_set, plan, ranks.device, config.data.workers)
     tokens_per_step = config.batch.global_size * config.data.sequence_length
 
     # ---- model: weights are kept in fp32 (fp64 for proofs); autocast computes in the low precision
@@ -57,8 +57,9 @@ def main(config: Config) -> None:
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.train.precision == "fp16")
 
     flops = flops_per_token(config.model, config.data.sequence_length)
-    run = Run(config, ranks, "ddp", tokens_per_step, flops_per_unit=flops, fingerprint=train_set.fingerprint())
-    run.say(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
+    run = Run(config, ranks, "ddp", units_per_step=tokens_per_step, flops_per_unit=flops,
+              fingerprint=train_set.fingerprint())  # fmt: skip
+    ranks.print(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
     run.restore(model, optimizer, scaler)
 
     # ---- training
@@ -86,7 +87,7 @@ def main(config: Config) -> None:
         if run.wants_evaluation(step):
             with autocast:
                 run.log_validation(step, evaluate(model, validation_set, plan.micro_size, ranks))
-        run.save_if_due(step, model, optimizer, scaler)
+        run.end_step(step, model, optimizer, scaler)
     run.finish()
     ranks.leave()  # a barrier, then the end of the process group
 

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node=2 ddp/train_vision.py             # a laptop: about a minute, accuracy > 0.95
     torchrun --nproc-per-node=2 ddp/train_vision.py --model.name small_cnn         # seconds, accuracy > 0.9
-    torchrun --nproc-per-node=8 ddp/train_vision.py --config ddp/configs/resnet50_imagenet.yaml  # 8 GPUs
+    torchrun --nproc-per-node=8 ddp/train_vision.py --config ddp/configs/resnet50_imagenet.yaml --train.steps 200
 
 What `ddp/train.py` does for text, for images. New here: BatchNorm's running statistics, which every rank
 gathers from its own images, and which must agree before anybody looks at them; SyncBatchNorm, or GroupNorm,
@@ -21,13 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from common.config import parse
-from common.data import image_datasets
 from common.data_sharding import BatchPlan, Loader, evaluation_batches
 from common.flops import forward_flops
 from common.optimizer import build_optimizer, learning_rate, set_learning_rate
 from common.ranks import Ranks, fail, join
 from common.run import Run
-from common.vision import VisionConfig, build_model
+from vision.images import image_datasets
+from vision.networks import VisionConfig, average_statistics, build_model
 
 
 @record  # torchrun then reports the rank that failed first, and why
@@ -79,8 +79,9 @@ def main(config: VisionConfig) -> None:
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.train.precision == "fp16")
 
     fingerprint = train_set.fingerprint()
-    run = Run(config, ranks, "ddp", images_per_step, "images", flops_per_unit=flops, fingerprint=fingerprint)
-    run.say(f"{flops / 1e6:.4g} MFLOP per image: three times the forward, as torch counts it")
+    run = Run(config, ranks, "ddp", units_per_step=images_per_step, unit="images", flops_per_unit=flops,
+              fingerprint=fingerprint)  # fmt: skip
+    ranks.print(f"{flops / 1e6:.4g} MFLOP per image: three times the forward, as torch counts it")
     run.restore(model, optimizer, scaler)
 
     # ---- training
@@ -111,27 +112,9 @@ def main(config: VisionConfig) -> None:
             with autocast:
                 loss, accuracy = evaluate(model, validation_set, plan.micro_size, ranks, config.data.workers)
             run.log_validation(step, loss, accuracy=accuracy)
-        run.save_if_due(step, model, optimizer, scaler)
+        run.end_step(step, model, optimizer, scaler)
     run.finish()
     ranks.leave()  # a barrier, then the end of the process group
-
-
-@torch.no_grad()
-def average_statistics(model: nn.Module, ranks: Ranks) -> None:
-    """Give all ranks the mean of their BatchNorm running statistics; nothing to do for a model without any.
-
-    Training never reads them, so each rank may gather its own during a step. Evaluation, checkpoints and the
-    replica check do read them, and must find the same on all ranks. The mean has seen the images of all
-    ranks, where DDP's own broadcast keeps only what rank 0 saw.
-    """
-    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]  # counters agree anyway
-    if not statistics:
-        return
-    flat = torch.cat([buffer.flatten() for buffer in statistics])  # one all-reduce for all layers
-    dist.all_reduce(flat)
-    flat /= ranks.world_size
-    for buffer, mean in zip(statistics, flat.split([b.numel() for b in statistics]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
 
 
 @torch.no_grad()

@@ -165,17 +165,18 @@ def laptop_model(folder: Path, width: int, layers: int) -> list[str]:
     import torch
     from environment import deepspeed  # noqa: F401  (before transformers, which imports it, too)
 
-    from common.question_answering import load_tokenizer, require
+    from finetuning.models import require
+    from finetuning.tokens import load_tokenizer
 
     transformers = require("transformers")
     torch.manual_seed(0)
-    shape = transformers.LlamaConfig(
+    hf_config = transformers.LlamaConfig(
         vocab_size=257, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
         num_attention_heads=width // 64 or 1, num_key_value_heads=width // 64 or 1, max_position_embeddings=256,
         eos_token_id=256, bos_token_id=None,
     )  # fmt: skip
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.LlamaForCausalLM(shape)
+    model = transformers.LlamaForCausalLM(hf_config)
     model.save_pretrained(folder / "model")
     load_tokenizer(None).save_pretrained(folder / "model")
     print(f"a random model of {sum(p.numel() for p in model.parameters()):,} parameters: {folder}/model")

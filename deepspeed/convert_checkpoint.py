@@ -89,7 +89,7 @@ def save(config: SaveConfig) -> None:
     folder = open_folder(config, ranks)
     engine, loader = build(config, ranks, universal=False)
     for step in range(config.steps):
-        say(ranks, f"step {step + 1}: loss {train_step(engine, loader, step, config, ranks):.6f}")
+        ranks.print(f"step {step + 1}: loss {train_step(engine, loader, step, config, ranks):.6f}")
     # Stages 1 and 2 can become a universal checkpoint only if whoever saves says that it may; stage 3 always can.
     info = {UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}}
     start = time.perf_counter()
@@ -99,7 +99,7 @@ def save(config: SaveConfig) -> None:
     if ranks.is_main:
         for path in sorted((folder / "checkpoints" / f"global_step{config.steps}").iterdir()):
             print(f"{path.stat().st_size:>12,} bytes  {path}")
-    say(ranks, f"saved by {ranks.world_size} ranks, stage {config.stage}, in {seconds:.3f} s: weights {weights}")
+    ranks.print(f"saved by {ranks.world_size} ranks, stage {config.stage}, in {seconds:.3f} s: weights {weights}")
     ranks.leave()
 
 
@@ -117,9 +117,9 @@ def resume(run_folder: Path, steps: int) -> None:
     start_deepspeed(ranks)
     engine, loader = build(config, ranks, universal=True)
     load_universal(engine, source)
-    say(ranks, f"{source}: loaded by {ranks.world_size} ranks, weights {fingerprint(gathered(engine))}")
+    ranks.print(f"{source}: loaded by {ranks.world_size} ranks, weights {fingerprint(gathered(engine))}")
     for step in range(engine.global_steps, engine.global_steps + steps):
-        say(ranks, f"step {step + 1}: loss {train_step(engine, loader, step, config, ranks):.6f}")
+        ranks.print(f"step {step + 1}: loss {train_step(engine, loader, step, config, ranks):.6f}")
     ranks.leave()
 
 
@@ -364,11 +364,6 @@ def quiet() -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         yield
-
-
-def say(ranks: Ranks, line: str) -> None:
-    if ranks.is_main:
-        print(line, flush=True)
 
 
 def main() -> None:

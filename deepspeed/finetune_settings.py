@@ -8,44 +8,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from settings import take_place
 from torch import nn
 
-from common.checkpoint import checksum
-from common.config import RunConfig, TrainConfig
-from common.question_answering import QuestionsConfig, require
+from common.manifest import checksum
 from common.ranks import Ranks, fail
+from finetuning.config import FinetuneConfig, FinetuneTrain
+from finetuning.models import random_model, read_model, require
 
 MANIFEST = "complete.json"
 
 
 @dataclass
-class FinetuneTrain(TrainConfig):
+class TrainerTrain(FinetuneTrain):
     """How long to train, in which arithmetic, and what to look at on the way."""
 
-    steps: int = 300
-    """Optimizer steps of the whole training, whatever the world size."""
     check_replicas_every: int = 0
     """Only 0: Trainer and DeepSpeed keep the replicas, and this script does not look."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.compile or self.precision == "fp64" or self.check_replicas_every:
+        if self.precision == "fp64" or self.check_replicas_every:
             raise ValueError(
-                f"train.compile = {self.compile}, train.precision = {self.precision} and train.check_replicas_every = "
-                f"{self.check_replicas_every} with Trainer: expected false, one of fp32, bf16, fp16, and 0"
+                f"train.precision = {self.precision} and train.check_replicas_every = {self.check_replicas_every} with "
+                f"Trainer: expected one of fp32, bf16, fp16, and 0"
             )
 
 
 @dataclass
-class FinetuneConfig(RunConfig):
+class TrainerConfig(FinetuneConfig):
     """The settings of this script."""
 
-    train: FinetuneTrain = field(default_factory=FinetuneTrain)
-    data: QuestionsConfig = field(default_factory=QuestionsConfig)
-    model_path: str | None = None
-    """A local folder in the Hugging Face format, with safetensors; by default a tiny Llama with random weights."""
-    export: bool = True
-    """Write the model to exported/ in the run folder when all steps are done."""
+    train: TrainerTrain = field(default_factory=TrainerTrain)
     deepspeed_config: str | None = None
     """A JSON file in DeepSpeed's own format; without one Trainer uses DDP, which is the baseline."""
     nvme_path: str = ""
@@ -60,46 +54,57 @@ class FinetuneConfig(RunConfig):
             )
 
 
-# ------------------------------------------------------------------------------------------------------- the model
+# ----------------------------------------------------------------------------------------------------- model, ranks
 
 
-def draw_model(config: FinetuneConfig, shape: Any) -> nn.Module:
-    """A causal language model with random weights in fp32. Call it before Trainer's arguments exist: see `read_model`.
+def draw_model(config: TrainerConfig, hf_config: Any) -> nn.Module:
+    """Make a causal language model with random weights. Call it before Trainer's arguments exist: see `load_model`.
 
-    In parts, its random numbers would come in another order, and stage 3 would start elsewhere than the others.
+    In stage 3 the random numbers would come in another order, and training would start from other weights.
     """
     torch.manual_seed(config.seed)
-    return require("transformers").AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+    return random_model(hf_config)
 
 
-def read_model(config: FinetuneConfig, shape: Any) -> nn.Module:
-    """The causal language model of a folder in fp32.
+def load_model(config: TrainerConfig, hf_config: Any) -> nn.Module:
+    """Read the causal language model of `model_path`.
 
     If the `TrainingArguments` made before say stage 3, `transformers` cuts each parameter up as soon as it is made,
     and gives the ranks their parts: no rank holds the whole model.
     """
     try:
-        model, report = require("transformers").AutoModelForCausalLM.from_pretrained(
-            config.model_path, config=shape, dtype=torch.float32, local_files_only=True, use_safetensors=True,
-            output_loading_info=True,
-        )  # fmt: skip
+        return read_model(str(config.model_path), hf_config)
     except Exception as error:  # whatever a damaged file makes the library raise
         fail(f"model_path = {config.model_path}: the weights cannot be used ({error}); fetch the files again")
-    if absent := sorted(report["missing_keys"]):  # transformers would go on with random values
-        fail(f"model_path = {config.model_path}: {', '.join(absent[:3])} missing ({len(absent)} in all)")
-    return model
+
+
+def tell_accelerate(ranks: Ranks, with_deepspeed: bool) -> None:
+    """Tell accelerate, which Trainer runs on, this rank's device, and that the ranks work with DeepSpeed.
+
+    Accelerate takes the local rank for the number of the GPU, also where a task sees only its own GPU. It looks for
+    GPUs to know whether there are other processes: with DeepSpeed on the CPU it assumes, without a message, that there
+    are none. Then losses are multiplied, and tokens counted, for one rank.
+    """
+    os.environ["ACCELERATE_TORCH_DEVICE"] = str(ranks.device)
+    if ranks.world_size > 1 or with_deepspeed:
+        take_place(ranks)
+    if with_deepspeed:
+        for name, value in {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size}.items():
+            os.environ.setdefault(name, str(value))  # under plain python there are none
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        require("accelerate").PartialState(backend="nccl" if ranks.device.type == "cuda" else "gloo")
 
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
 
 
-def must_match(config: FinetuneConfig) -> dict[str, Any]:
+def must_match(config: TrainerConfig) -> dict[str, Any]:
     """What a training has to go on with: otherwise it would be neither the old one nor a new one."""
     data = {f"data.{name}": value for name, value in asdict(config.data).items()}
     return {"seed": config.seed, "batch.global_size": config.batch.global_size, "model_path": config.model_path} | data
 
 
-def commit(folder: Path, step: int, strategy: str, config: FinetuneConfig, ranks: Ranks) -> None:
+def commit(folder: Path, step: int, strategy: str, config: TrainerConfig, ranks: Ranks) -> None:
     """When all ranks have written their parts of a checkpoint: the list of its files, then older ones are removed.
 
     Trainer itself takes the checkpoint with the highest number, also one that was never finished.
@@ -122,7 +127,7 @@ def committed(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def last_checkpoint(folder: Path, strategy: str, config: FinetuneConfig, ranks: Ranks) -> tuple[Path | None, int]:
+def last_checkpoint(folder: Path, strategy: str, config: TrainerConfig, ranks: Ranks) -> tuple[Path | None, int]:
     """The checkpoint to go on from and its step, or (None, 0); the same on all ranks.
 
     Raises:
@@ -138,7 +143,7 @@ def last_checkpoint(folder: Path, strategy: str, config: FinetuneConfig, ranks: 
     return path, step
 
 
-def check(path: Path, strategy: str, config: FinetuneConfig, world_size: int) -> tuple[Path, int, str | None]:
+def check(path: Path, strategy: str, config: TrainerConfig, world_size: int) -> tuple[Path, int, str | None]:
     """A checkpoint, its step, and what is wrong with it."""
     manifest = json.loads((path / MANIFEST).read_text())
     made, now = (manifest["strategy"], manifest["world_size"]), (strategy, world_size)

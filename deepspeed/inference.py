@@ -84,23 +84,23 @@ def main(config: InferenceConfig) -> None:
         )
     seconds = time.perf_counter() - start
     kinds = {type(m).__name__ for m in engine.module.modules() if type(m).__module__.startswith("deepspeed")}
-    say(ranks, f"init_inference: {seconds:.2f} s, {ranks.world_size} rank(s); layers of DeepSpeed: "
+    ranks.print(f"init_inference: {seconds:.2f} s, {ranks.world_size} rank(s); layers of DeepSpeed: "
                f"{', '.join(sorted(kinds)) or 'none'}")  # fmt: skip
     whole, mine = (sum(p.nbytes for p in m.parameters()) for m in (alone, engine.module))
     held = "  ".join(f"{size:,}" for size in ranks.all_gather(mine))
-    say(ranks, f"bytes of weights: {whole:,} alone; by rank: {held}")
+    ranks.print(f"bytes of weights: {whole:,} alone; by rank: {held}")
 
     # ---- the proof: logits, and the tokens that greedy decoding makes of them
     with torch.no_grad():
         expected, found = alone(prompt).logits.float(), engine(prompt).logits.float()
     difference, largest = (expected - found).abs().max().item(), expected.abs().max().item()
     difference = max(ranks.all_gather(difference))
-    say(ranks, f"logits up to {largest:.4f}, largest difference {difference:.1e}")
+    ranks.print(f"logits up to {largest:.4f}, largest difference {difference:.1e}")
     answer, rate = generate(alone, prompt, config, ranks)
     engine_answer, engine_rate = generate(engine, prompt, config, ranks)
     same = all(ranks.all_gather(torch.equal(answer, engine_answer)))
-    say(ranks, f"{config.tokens} tokens, {'the same' if same else 'NOT the same'}: {show(answer, prompt)}")
-    say(ranks, f"model alone {rate:,.1f} tokens/s, engine {engine_rate:,.1f} tokens/s (median of {config.repeats})")
+    ranks.print(f"{config.tokens} tokens, {'the same' if same else 'NOT the same'}: {show(answer, prompt)}")
+    ranks.print(f"model alone {rate:,.1f} tokens/s, engine {engine_rate:,.1f} tokens/s (median of {config.repeats})")
     del engine, alone  # they hold the process group
     ranks.leave()
     if difference > TOLERANCE[config.precision] * max(1.0, largest):
@@ -167,11 +167,6 @@ def show(answer: torch.Tensor, prompt: torch.Tensor) -> str:
     """The generated tokens as text, if they are bytes; else their numbers."""
     tokens = answer[0, prompt.shape[1] :].tolist()
     return repr(bytes(tokens)) if max(tokens) < 256 else str(tokens)
-
-
-def say(ranks: Ranks, line: str) -> None:
-    if ranks.is_main:
-        print(line, flush=True)
 
 
 if __name__ == "__main__":

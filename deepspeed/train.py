@@ -34,7 +34,7 @@ def main(config: DeepSpeedConfig) -> None:
     # ---- data: the batch of step N is a pure function of the seed and N
     train_set, validation_set = text_datasets(config.data, config.model.vocabulary)
     plan = BatchPlan(config.batch, len(train_set), config.seed, ranks.rank, ranks.world_size)
-    loader = Loader(train_set, plan, ranks.device)
+    loader = Loader(train_set, plan, ranks.device, config.data.workers)
     tokens_per_step = config.batch.global_size * config.data.sequence_length
 
     # ---- model: in stage 3 each parameter is cut up as soon as it is made, and no rank ever holds the whole model
@@ -56,9 +56,10 @@ def main(config: DeepSpeedConfig) -> None:
     state = checkpointable(engine, optimizer)
 
     flops = flops_per_token(config.model, config.data.sequence_length)
-    run = Run(config, ranks, f"zero{stage}", tokens_per_step, flops_per_unit=flops, fingerprint=train_set.fingerprint(),
-              framework="deepspeed")  # fmt: skip
-    run.say(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
+    run = Run(config, ranks, f"zero{stage}", units_per_step=tokens_per_step, flops_per_unit=flops,
+              fingerprint=train_set.fingerprint(), framework="deepspeed",
+              mesh={"dp_shard" if stage else "dp_replicate": ranks.world_size})  # fmt: skip
+    ranks.print(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
     run.restore(state, optimizer)
 
     # ---- training
@@ -73,7 +74,7 @@ def main(config: DeepSpeedConfig) -> None:
             # wants the sum, hence the world size.
             engine.backward(micro_loss_sum * ranks.world_size / tokens_per_step, scale_wrt_gas=False)
             if step == run.first_step + 1 and engine.micro_steps % plan.accumulation == 0:
-                run.say(describe(engine))  # in the second step all is there that training needs
+                ranks.print(describe(engine))  # in the second step all is there that training needs
             engine.step()  # after each micro-batch: on the last one it clips, updates and zeroes
             loss_sum += micro_loss_sum.detach()
         grad_norm = torch.as_tensor(engine.get_global_grad_norm())
@@ -81,7 +82,7 @@ def main(config: DeepSpeedConfig) -> None:
 
         if run.wants_evaluation(step):
             run.log_validation(step, evaluate(engine, validation_set, plan.micro_size, ranks))
-        run.save_if_due(step, state, optimizer)
+        run.end_step(step, state, optimizer)
     run.finish()
     ranks.leave()  # a barrier, then the end of the process group
 
@@ -101,7 +102,7 @@ def evaluate(engine: deepspeed.DeepSpeedEngine, dataset, batch_size: int, ranks:
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, tokens
     place = ranks.rank, ranks.world_size
     # In stage 3 a forward gathers parameters: ranks with fewer samples join in with batches that do not count.
-    for tokens, targets in evaluation_batches(dataset, batch_size, ranks.device, *place, same_count=True):
+    for tokens, targets in evaluation_batches(dataset, batch_size, ranks.device, *place, equal_batches=True):
         sums += torch.stack([engine(tokens, targets).double(), count_valid(targets)])
     dist.all_reduce(sums)  # ranks may have had different numbers of samples: sums, never a mean of means
     loss, count = sums.tolist()

@@ -77,12 +77,12 @@ def main(config: OffloadConfig) -> None:
         if config.case == "zero3_nvme":
             fail(reason)
         names.remove("zero3_nvme")
-        say(ranks, f"zero3_nvme is left out: {reason}\n")
+        ranks.print(f"zero3_nvme is left out: {reason}\n")
     if ranks.device.type == "cpu":
-        say(ranks, "no GPU: device and host are one memory here; the table shows what would lie where with a GPU")
+        ranks.print("no GPU: device and host are one memory here; the table shows what would lie where with a GPU")
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in Transformer(config.model).parameters())
-    say(ranks, f"Ψ = {count:,} parameters, n = {ranks.world_size} ranks, bf16; bytes on rank 0")
+    ranks.print(f"Ψ = {count:,} parameters, n = {ranks.world_size} ranks, bf16; bytes on rank 0")
     for name in names:
         run_case(name, config, count, ranks)
     ranks.leave()
@@ -125,7 +125,7 @@ def run_case(name: str, config: OffloadConfig, count: int, ranks: Ranks) -> None
     medians = [statistics.median(values) for values in seconds.values()]
     slowest = [max(of_rank) for of_rank in zip(*ranks.all_gather(medians), strict=True)]
     times = ", ".join(f"{kind} {1000 * value:.1f} ms" for kind, value in zip(seconds, slowest, strict=True))
-    say(ranks, f"  {times} (median of {config.steps}); loss {loss.item():.6f} in step {1 + config.steps}")
+    ranks.print(f"  {times} (median of {config.steps}); loss {loss.item():.6f} in step {1 + config.steps}")
     engine.destroy()
     del engine, optimizer, loss
     gc.collect()
@@ -249,18 +249,18 @@ def predicted(name: str, count: int, n: int) -> dict[tuple[str, str], tuple[str,
 
 def print_case(name: str, held: list[Held], count: int, ranks: Ranks) -> None:
     formula = predicted(name, count, ranks.world_size)
-    say(ranks, f"\n{CASES[name][0]}")
-    say(ranks, " " * 21 + "".join(f"{moment:>17}" for moment in MOMENTS) + "   by the papers")
+    ranks.print(f"\n{CASES[name][0]}")
+    ranks.print(" " * 21 + "".join(f"{moment:>17}" for moment in MOMENTS) + "   by the papers")
     for place in ("device", "pinned", "host", "disk"):
         for role in ROLES:
             row, (words, expected) = [each[place, role] for each in held], formula.get((place, role), ("", 0))
             if any(row) or expected:
                 by_formula = f"{expected:>16,}  {words}" if expected else ""
-                say(ranks, f"  {place:7}{role:12}" + "".join(f"{value:>17,}" for value in row) + by_formula)
+                ranks.print(f"  {place:7}{role:12}" + "".join(f"{value:>17,}" for value in row) + by_formula)
     for place in ("device", "pinned", "host", "disk"):
         of_ranks = ranks.all_gather(sum(value for (where, _), value in held[-1].items() if where == place))
         if any(of_ranks):
-            say(ranks, f"  {place} after the step, by rank: {'  '.join(f'{value:,}' for value in of_ranks)}")
+            ranks.print(f"  {place} after the step, by rank: {'  '.join(f'{value:,}' for value in of_ranks)}")
 
 
 def now(ranks: Ranks) -> float:
@@ -268,11 +268,6 @@ def now(ranks: Ranks) -> float:
     if ranks.device.type == "cuda":
         torch.cuda.synchronize(ranks.device)
     return time.perf_counter()
-
-
-def say(ranks: Ranks, line: str) -> None:
-    if ranks.is_main:
-        print(line, flush=True)
 
 
 if __name__ == "__main__":

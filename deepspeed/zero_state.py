@@ -20,7 +20,7 @@ AVERAGES = {"AdamW": ADAM, "SGD": ("momentum_buffer",)}
 
 
 def checkpointable(engine: Any, optimizer: torch.optim.Optimizer) -> torch.nn.Module | WholeState:
-    """What `Run.restore` and `Run.save_if_due` take as the model: in stage 0 without ZeRO the model as it is."""
+    """What `Run.restore` and `Run.end_step` take as the model: in stage 0 without ZeRO the model as it is."""
     return ZeroState(engine, optimizer) if hasattr(engine.optimizer, "optimizer") else engine.module
 
 

@@ -191,6 +191,12 @@ def check_combination(config: ByHandConfig, sizes: dict[str, int]) -> None:
         )
 
 
+def recorded_mesh(strategy: str, sizes: dict[str, int]) -> dict[str, int]:
+    """The mesh as run.json has it: `dp` is there `dp_shard` when the strategy shards anything, else `dp_replicate`."""
+    dp = "dp_shard" if strategy in ("zero1", "zero2", "fsdp") else "dp_replicate"
+    return {dp if axis == "dp" else axis: size for axis, size in sizes.items()}
+
+
 @record
 def main(config: ByHandConfig) -> None:
     ranks = join(config.device, config.timeout_s, config.network_profile)
@@ -213,20 +219,21 @@ def main(config: ByHandConfig) -> None:
     # ---- data: ranks that differ only in pp, cp or tp work on the same samples
     train_set, validation_set = text_datasets(config.data, config.model.vocabulary)
     plan = BatchPlan(config.batch, len(train_set), config.seed, mesh.coordinates["dp"], sizes["dp"])
-    loader = Loader(train_set, plan, ranks.device)
+    loader = Loader(train_set, plan, ranks.device, config.data.workers)
     tokens_per_step = config.batch.global_size * config.data.sequence_length
     low_precision = config.train.precision == "bf16" and config.strategy != "fsdp"  # which casts by itself
     autocast = torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=low_precision)
 
     flops = flops_per_token(config.model, config.data.sequence_length)
     replicas = mesh.groups["pp" if config.strategy == "fsdp" else "dp_cp"]  # of fsdp's shards there are none
-    run = Run(config, ranks, f"by hand: {config.strategy}", tokens_per_step, "tokens", flops, sizes,
-              train_set.fingerprint(), replicas)  # fmt: skip
-    run.say(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
-    run.say("mesh: " + ", ".join(f"{axis} {size}" for axis, size in sizes.items()))
+    run = Run(config, ranks, config.strategy, units_per_step=tokens_per_step, flops_per_unit=flops,
+              fingerprint=train_set.fingerprint(), mesh=recorded_mesh(config.strategy, sizes), replicas=replicas,
+              framework="from_scratch")  # fmt: skip
+    ranks.print(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
+    ranks.print("mesh: " + ", ".join(f"{axis} {size}" for axis, size in sizes.items()))
     if pipeline:
         bubble = ideal_bubble(sizes["pp"], plan.accumulation, config.stages_per_rank)
-        run.say(f"pipeline: {config.schedule}, {plan.accumulation} micro-batches, ideal bubble {bubble:.0%}")
+        ranks.print(f"pipeline: {config.schedule}, {plan.accumulation} micro-batches, ideal bubble {bubble:.0%}")
     run.restore(whole, whole.optimizer)
 
     # ---- training
@@ -261,7 +268,7 @@ def main(config: ByHandConfig) -> None:
             forward = pipeline.evaluate if pipeline else module
             with autocast:
                 run.log_validation(step, evaluate(forward, validation_set, plan, mesh, mine, ranks))
-        run.save_if_due(step, whole, whole.optimizer)
+        run.end_step(step, whole, whole.optimizer)
     run.finish()
     if pipeline and pipeline.events and not any(mesh.coordinates[axis] for axis in ("dp", "cp", "tp")):
         pipeline.write_events(run.folder / "events")  # of the last step; draw them with gantt.py
@@ -274,7 +281,7 @@ def evaluate(forward: Callable, dataset, plan: BatchPlan, mesh: Mesh, mine: torc
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, tokens
     # Equally many batches for all, because a forward may communicate.
     place = mesh.coordinates["dp"], mesh.sizes["dp"]
-    for tokens, targets in evaluation_batches(dataset, plan.micro_size, ranks.device, *place, same_count=True):
+    for tokens, targets in evaluation_batches(dataset, plan.micro_size, ranks.device, *place, equal_batches=True):
         tokens, targets = tokens[:, mine], targets[:, mine]
         is_last_stage = mesh.coordinates["pp"] == mesh.sizes["pp"] - 1
         sums += torch.stack([forward(tokens, targets).double(), count_valid(targets) * is_last_stage])

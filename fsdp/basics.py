@@ -10,37 +10,26 @@ Below the table stands the formula that predicts it. The exit code is 1 if one b
 
 import math
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from settings import FsdpConfig, ShardedConfig, describe, mesh_and_settings
+from memory_meter import IN_TRANSIT, QUANTITIES, Collectives, Held, Meter
+from settings import FsdpConfig, ShardedConfig, describe, mesh_shape
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from train import initialise
 
 from common.config import parse
 from common.data import TextConfig
 from common.data_sharding import derive_seed
+from common.meta_device import fill_shards
 from common.optimizer import OptimizerConfig, build_optimizer
 from common.ranks import Ranks, fail, join
 from common.transformer import ModelConfig, Transformer
 
-STRATEGIES = {"FULL_SHARD": True, "SHARD_GRAD_OP": False}
-QUANTITIES = ("parameter shards", "whole parameters", "gradient shards", "whole gradients", "AdamW state")
-IN_TRANSIT = "in transit"
-# What torch.distributed calls underneath, and which of its arguments is the whole, flat end: an output, an input, none.
-COLLECTIVES = {
-    "c10d::_allgather_base_": ("all-gathers", 0),
-    "c10d::_reduce_scatter_base_": ("reduce-scatters", 1),
-    "c10d::allreduce_": ("all-reduces", None),
-}
-
-Held = dict[str, int]  # quantity -> bytes
+STRATEGIES = {"FULL_SHARD": True, "SHARD_GRAD_OP": False}  # whether blocks are resharded after their forward
 
 
 @dataclass
@@ -76,77 +65,6 @@ class BasicsConfig:
         return ShardedConfig(seed=self.seed, data=text, model=self.model, fsdp=options)
 
 
-def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of memory behind the tensors; views of one storage count once, a freed storage has none."""
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-class Collectives(TorchDispatchMode):
-    """Counts collectives, and knows how many bytes of their flat, whole ends are still there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-        self.buffers: list[tuple[StorageWeakRef, int]] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if found := COLLECTIVES.get(function.name()):
-            name, position = found
-            self.counts[name] += 1
-            if position is not None:
-                storage = args[position].untyped_storage()
-                self.buffers.append((StorageWeakRef(storage), storage.nbytes()))
-        return function(*args, **(kwargs or {}))
-
-    def bytes_in_transit(self) -> int:
-        return sum(nbytes for storage, nbytes in self.buffers if not storage.expired())
-
-
-class Meter:
-    """Notes what this rank holds whenever it is told, or whenever a block of the model computes."""
-
-    def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
-        self.shards, self.optimizer = list(model.parameters()), optimizer
-        self.collectives = Collectives()
-        self.whole: set[torch.nn.Parameter] = set()  # as the units show them while they are gathered
-        self.hooked: set[torch.nn.Parameter] = set()
-        self.moments: dict[str, Held] = {}
-        self.is_on = False
-        numbers = list(model.blocks)
-        self.watched = {model.blocks[n]: n for n in (numbers[0], numbers[-1])}
-        # FSDP's own hooks gather before these are called: they see whole parameters.
-        for unit in (model, *model.blocks.values()):
-            unit.register_forward_pre_hook(self._unit_is_whole)
-
-    def _unit_is_whole(self, unit: torch.nn.Module, _: object) -> None:
-        self.whole |= {p for p in unit.parameters() if not isinstance(p, DTensor)}
-        if unit in self.watched:
-            name = self.watched[unit]
-            self.note(f"forward, in block {name}")
-            # Backward ends a block with its first norm: all of the block's gradients are there, and none is sent yet.
-            if (last := unit.attention_norm.weight) not in self.hooked:
-                self.hooked.add(last)
-                last.register_post_accumulate_grad_hook(lambda _: self.note(f"backward, in block {name}"))
-
-    def note(self, moment: str) -> None:
-        if not self.is_on:
-            return
-        state = (value for entries in self.optimizer.state.values() for value in entries.values())
-        self.moments[moment] = {
-            "parameter shards": storage_bytes(local(p) for p in self.shards),
-            "whole parameters": storage_bytes(self.whole),
-            "gradient shards": storage_bytes(local(p.grad) for p in self.shards if p.grad is not None),
-            "whole gradients": storage_bytes(p.grad for p in self.whole if p.grad is not None),
-            "AdamW state": storage_bytes(local(value) for value in state if value.dim()),  # not the step counters
-            IN_TRANSIT: self.collectives.bytes_in_transit(),
-        }
-
-
 @record
 def main(config: BasicsConfig) -> None:
     ranks = join(config.device)
@@ -168,7 +86,7 @@ def main(config: BasicsConfig) -> None:
                     wrong.append(f"{name}, {moment}: {found:,} bytes of {quantity}, not {nbytes:,}")
         if collectives[name] != counts:
             wrong.append(f"{name}: {dict(collectives[name])}, not {dict(counts)}")
-        say(ranks, f"{name + ':':15}{describe(model)}")
+        ranks.print(f"{name + ':':15}{describe(model)}")
     print_table(held, ranks)
     print_formulas(model, collectives, ranks.world_size // config.fsdp.replicate, ranks)
     problems = [f"[rank {rank}] {line}" for rank, lines in enumerate(ranks.all_gather(wrong)) for line in lines]
@@ -176,19 +94,23 @@ def main(config: BasicsConfig) -> None:
     ranks.leave()
     if problems:
         raise SystemExit(f"error: not what the formula says: {'; '.join(problems)}")
-    say(ranks, "\nEvery byte and every collective is as the formula says, on all ranks.")
+    ranks.print("\nEvery byte and every collective is as the formula says, on all ranks.")
 
 
 def one_step(settings: ShardedConfig, ranks: Ranks) -> tuple[Meter, Transformer]:
     """Shard a model as fsdp/train.py does, take one step unseen, so that there is optimizer state, and one metered."""
     with torch.device("meta"):
         model = Transformer(settings.model)
-    _, options = mesh_and_settings(settings, ranks)
-    for block in model.blocks.values():
-        fully_shard(block, **options)
-    fully_shard(model, **options)
+    copies, shards = mesh_shape(settings.fsdp, ranks)
+    mesh = init_device_mesh(ranks.device.type, (copies, shards), mesh_dim_names=("dp_replicate", "dp_shard"))
+    for unit in (*model.blocks.values(), model):
+        fully_shard(
+            unit,
+            mesh=mesh if copies > 1 else mesh["dp_shard"],
+            reshard_after_forward=None if settings.fsdp.reshard_after_forward else False,
+        )
     model.to_empty(device=ranks.device)
-    initialise(model, settings)
+    fill_shards(model, settings.seed)
     optimizer = build_optimizer(model.parameters(), OptimizerConfig(), ranks.device)
     meter = Meter(model, optimizer)
     meter.is_on = True
@@ -277,12 +199,12 @@ def print_table(held: dict[str, dict[str, Held]], ranks: Ranks) -> None:
         each = {name: [row[quantity] for row in moments.values()] for name, moments in held.items()}
         same = len({tuple(values) for values in each.values()}) == 1
         columns += [(quantity, "", next(iter(each.values())))] if same else [(quantity, n, v) for n, v in each.items()]
-    say(ranks, f"\nbytes on rank 0 of {ranks.world_size}")
+    ranks.print(f"\nbytes on rank 0 of {ranks.world_size}")
     headings = [(*quantity.split(" "), strategy) for quantity, strategy, _ in columns]
     for line in zip(*headings, strict=True):
-        say(ranks, f"{'':20}" + "".join(f"{word:>14}" for word in line))
+        ranks.print(f"{'':20}" + "".join(f"{word:>14}" for word in line))
     for row, moment in enumerate(next(iter(held.values()))):
-        say(ranks, f"{moment:20}" + "".join(f"{values[row]:>14,}" for _, _, values in columns))
+        ranks.print(f"{moment:20}" + "".join(f"{values[row]:>14,}" for _, _, values in columns))
 
 
 def print_formulas(model: Transformer, collectives: dict[str, Counter[str]], n: int, ranks: Ranks) -> None:
@@ -291,21 +213,15 @@ def print_formulas(model: Transformer, collectives: dict[str, Counter[str]], n: 
     whole = sum(p.numel() * p.element_size() for p in parameters)
     blocks = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in model.blocks.values()]
     rounded = sum(rounded_up(p, n) for p in parameters)
-    say(ranks, f"\nP, all parameters {whole:,}; P/n {whole / n:,.0f}, with rows rounded up {rounded:,}")
-    say(ranks, f"B, largest block {max(blocks):,}; R, the root's (embedding, norm, head) {whole - sum(blocks):,}")
-    say(ranks, "FULL_SHARD: 16 bytes a parameter / n, and at most R + B whole; SHARD_GRAD_OP: P whole")
+    ranks.print(f"\nP, all parameters {whole:,}; P/n {whole / n:,.0f}, with rows rounded up {rounded:,}")
+    ranks.print(f"B, largest block {max(blocks):,}; R, the root's (embedding, norm, head) {whole - sum(blocks):,}")
+    ranks.print("FULL_SHARD: 16 bytes a parameter / n, and at most R + B whole; SHARD_GRAD_OP: P whole")
     for name, counts in collectives.items():
         passes = "1 + 2" if STRATEGIES[name] else "1 + 1"
-        say(
-            ranks,
+        ranks.print(
             f"{name}: {counts['all-gathers']} all-gathers ({passes} × {len(blocks)} blocks), "
-            f"{counts['reduce-scatters']} reduce-scatters (1 + {len(blocks)}), {counts['all-reduces']} all-reduces",
+            f"{counts['reduce-scatters']} reduce-scatters (1 + {len(blocks)}), {counts['all-reduces']} all-reduces"
         )
-
-
-def say(ranks: Ranks, line: str) -> None:
-    if ranks.is_main:
-        print(line, flush=True)
 
 
 if __name__ == "__main__":

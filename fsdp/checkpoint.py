@@ -25,17 +25,18 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
-from settings import FsdpConfig, ShardedConfig, mesh_and_settings, set_prefetch
+from settings import FsdpConfig, ShardedConfig, mesh_shape, set_prefetch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from train import initialise
 
-from common import checkpoint
+from common import checkpoint, manifest
 from common.config import parse, to_dict
 from common.data_sharding import derive_seed
 from common.hf_weights import save_hugging_face
+from common.meta_device import fill_shards
 from common.optimizer import build_optimizer
 from common.ranks import Ranks, fail, join, single_process
 from common.transformer import ModelConfig, Transformer
@@ -65,12 +66,12 @@ def save(config: SaveConfig) -> None:
     train_one_step(model, optimizer, settings, ranks, step=0)
     folder = open_folder(config.output, settings, ranks)
     before = fingerprint(model, ranks)
-    say(ranks, f"{ranks.world_size} ranks, run folder {folder}, weights {before}\n")
-    say(ranks, f"{'':22}{'training waits':>16}{'written after':>15}   bytes by rank")
+    ranks.print(f"{ranks.world_size} ranks, run folder {folder}, weights {before}\n")
+    ranks.print(f"{'':22}{'training waits':>16}{'written after':>15}   bytes by rank")
 
     start = time.perf_counter()
     target = checkpoint.save(folder / "checkpoints", 1, model, optimizer, ranks)
-    sharded_bytes = written_by(checkpoint.read_manifest(target)["files"], ranks)
+    sharded_bytes = written_by(manifest.read(target)["files"], ranks)
     report("sharded, synchronous", start, start, sharded_bytes, ranks)
 
     # Every rank takes part in gathering (all must call it), one layer after the other, but rank 0 alone keeps what
@@ -112,7 +113,7 @@ def save(config: SaveConfig) -> None:
     if after != before:
         raise SystemExit(f"[rank {ranks.rank}] error: the asynchronous checkpoint holds {after}, not {before}")
     trained = "1 step was" if steps == 1 else f"{steps} steps were"
-    say(ranks, f"\n{trained} trained meanwhile, and what was written is the state before them: {after}")
+    ranks.print(f"\n{trained} trained meanwhile, and what was written is the state before them: {after}")
 
 
 def build(settings: ShardedConfig, ranks: Ranks) -> tuple[Transformer, torch.optim.Optimizer]:
@@ -121,13 +122,21 @@ def build(settings: ShardedConfig, ranks: Ranks) -> tuple[Transformer, torch.opt
         model = Transformer(settings.model)
     if settings.train.precision == "fp64":
         model.double()
-    _, options = mesh_and_settings(settings, ranks)
-    for block in model.blocks.values():
-        fully_shard(block, **options)
-    fully_shard(model, **options)
+    copies, shards = mesh_shape(settings.fsdp, ranks)
+    mesh = init_device_mesh(ranks.device.type, (copies, shards), mesh_dim_names=("dp_replicate", "dp_shard"))
+    low_precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.train.precision)
+    on_gpu = ranks.device.type == "cuda"
+    for unit in (*model.blocks.values(), model):
+        fully_shard(
+            unit,
+            mesh=mesh if copies > 1 else mesh["dp_shard"],
+            mp_policy=MixedPrecisionPolicy(low_precision, low_precision and torch.float32, cast_forward_inputs=False),
+            offload_policy=CPUOffloadPolicy(pin_memory=on_gpu) if settings.fsdp.cpu_offload else OffloadPolicy(),
+            reshard_after_forward=None if settings.fsdp.reshard_after_forward else False,
+        )
     set_prefetch(list(model.blocks.values()), settings.fsdp.prefetch)
     model.to_empty(device="cpu" if settings.fsdp.cpu_offload else ranks.device)
-    initialise(model, settings)
+    fill_shards(model, settings.seed)
     return model, build_optimizer(model.parameters(), settings.optimizer, ranks.device)
 
 
@@ -168,7 +177,7 @@ def report(
     end = end or time.perf_counter()
     blocked = blocked_until - start if blocked_until > start else end - start
     waits, written = (max(values) for values in zip(*ranks.all_gather((blocked, end - start)), strict=True))
-    say(ranks, f"{name:22}{waits:>14.3f} s{written:>13.3f} s   {'  '.join(f'{size:,}' for size in sizes)}")
+    ranks.print(f"{name:22}{waits:>14.3f} s{written:>13.3f} s   {'  '.join(f'{size:,}' for size in sizes)}")
 
 
 def open_folder(output: str | None, settings: ShardedConfig, ranks: Ranks) -> Path:
@@ -192,7 +201,7 @@ def open_folder(output: str | None, settings: ShardedConfig, ranks: Ranks) -> Pa
 
 def committed(run_folder: Path) -> Path:
     """The newest whole checkpoint of a run. SystemExit: there is none."""
-    found = checkpoint.latest(run_folder / "checkpoints")
+    found = manifest.latest(run_folder / "checkpoints")
     if found is None:
         fail(
             f"{run_folder} holds no finished checkpoint (checkpoints/step_N/manifest.json); give the folder of a run "
@@ -223,8 +232,8 @@ def load(run_folder: Path) -> None:
     mine = sum(tensor.to_local().nbytes for tensor in (*model.parameters(), *state))
     held, weights = "  ".join(f"{size:,}" for size in ranks.all_gather(mine)), fingerprint(model, ranks)
     by, step = manifest["world_size"], manifest["step"]
-    say(ranks, f"{source}: step {step}, saved by {by} ranks, loaded by {ranks.world_size}, weights {weights}")
-    say(ranks, f"{seconds:.3f} s; bytes of weights and optimizer state by rank: {held}")
+    ranks.print(f"{source}: step {step}, saved by {by} ranks, loaded by {ranks.world_size}, weights {weights}")
+    ranks.print(f"{seconds:.3f} s; bytes of weights and optimizer state by rank: {held}")
     del model, optimizer, state  # they hold the process group
     ranks.leave()
 
@@ -254,11 +263,6 @@ def export(run_folder: Path, output: Path) -> None:
     weights, size = fingerprint(model, ranks), output.stat().st_size
     print(f"{source}: read in {loaded - start:.3f} s, written in {now - loaded:.3f} s, weights {weights}")
     print(f"{output}: {size:,} bytes, {len(model.state_dict())} tensors; config.json beside it")
-
-
-def say(ranks: Ranks, line: str) -> None:
-    if ranks.is_main:
-        print(line, flush=True)
 
 
 def main() -> None:

@@ -1,11 +1,9 @@
-"""FSDP's settings, and what `fully_shard` is told by them: mesh, precision, off-load, prefetch."""
+"""FSDP's settings, what of them cannot work, and a line that describes a sharded model."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from common.config import Config
 from common.ranks import Ranks, fail
@@ -36,22 +34,12 @@ class ShardedConfig(Config):
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
 
 
-def mesh_and_settings(config: ShardedConfig, ranks: Ranks) -> tuple[DeviceMesh, dict[str, Any]]:
-    """The mesh (replicate, shard), and the arguments of every `fully_shard`. SystemExit: it does not divide."""
-    options, copies = config.fsdp, config.fsdp.replicate
+def mesh_shape(config: FsdpConfig, ranks: Ranks) -> tuple[int, int]:
+    """Return the copies of the model, and the ranks that share each. SystemExit: the ranks do not divide."""
+    copies = config.replicate
     if copies < 1 or ranks.world_size % copies:
         fail(f"fsdp.replicate = {copies} with {ranks.world_size} ranks; expected a divisor of the ranks; change one")
-    shape = copies, ranks.world_size // copies
-    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
-    low_precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
-    return mesh, {
-        "mesh": mesh if copies > 1 else mesh["shard"],
-        "reshard_after_forward": None if options.reshard_after_forward else False,  # None: all but the root
-        # Gathered and computed with in the low precision, summed over the ranks in fp32. Inputs are left as they are:
-        # hidden states have the right precision already, and rotary angles would lose theirs.
-        "mp_policy": MixedPrecisionPolicy(low_precision, low_precision and torch.float32, cast_forward_inputs=False),
-        "offload_policy": CPUOffloadPolicy(ranks.device.type == "cuda") if options.cpu_offload else OffloadPolicy(),
-    }
+    return copies, ranks.world_size // copies
 
 
 def set_prefetch(blocks: list[FSDPModule], ahead: int) -> None:

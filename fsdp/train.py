@@ -1,8 +1,8 @@
 """FSDP: every rank keeps 1/n of parameters, gradients and optimizer state; a block is whole only while it computes.
 
     torchrun --nproc-per-node=2 fsdp/train.py                             # a laptop: about a minute, loss < 2.5
-    torchrun --nproc-per-node=8 fsdp/train.py --config fsdp/configs/llama_1b.yaml         # eight GPUs
-    sbatch --nodes=4 --gpus-per-node=8 fsdp/multi_node.sbatch --config fsdp/configs/llama_8b.yaml
+    torchrun --nproc-per-node=8 fsdp/train.py --config fsdp/configs/llama_1b.yaml --train.steps 200  # 8 GPUs
+    sbatch --nodes=4 --gpus-per-node=8 fsdp/multi_node.sbatch --config fsdp/configs/llama_8b.yaml --train.steps 200
 
 The whole difference to `ddp/train.py`: the model is born without memory, its blocks are wrapped one by one, precision
 is a policy of the wrapper, and what was a tensor on every rank is a DTensor, of which each rank has a shard.
@@ -10,10 +10,10 @@ is a policy of the wrapper, and what was a tensor on every rank is a DTensor, of
 
 import torch
 import torch.distributed as dist
-from settings import ShardedConfig, describe, mesh_and_settings, set_prefetch
+from settings import ShardedConfig, describe, mesh_shape, set_prefetch
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.utils import clip_grad_norm_
 
 from common.config import parse
@@ -21,10 +21,11 @@ from common.data import text_datasets
 from common.data_sharding import BatchPlan, Loader, evaluation_batches
 from common.flops import explain, flops_per_token
 from common.loss import count_valid
+from common.meta_device import fill_shards
 from common.optimizer import build_optimizer, learning_rate, set_learning_rate
 from common.ranks import Ranks, join
 from common.run import Run
-from common.transformer import Transformer, initial_weight
+from common.transformer import Transformer
 
 
 @record  # torchrun then reports the rank that failed first, and why
@@ -34,7 +35,7 @@ def main(config: ShardedConfig) -> None:
     # ---- data: the batch of step N is a pure function of the seed and N
     train_set, validation_set = text_datasets(config.data, config.model.vocabulary)
     plan = BatchPlan(config.batch, len(train_set), config.seed, ranks.rank, ranks.world_size)
-    loader = Loader(train_set, plan, ranks.device)
+    loader = Loader(train_set, plan, ranks.device, config.data.workers)
     tokens_per_step = config.batch.global_size * config.data.sequence_length
 
     # ---- model: on the meta device its parameters have shapes and no memory
@@ -47,25 +48,41 @@ def main(config: ShardedConfig) -> None:
     if config.train.compile:
         model.compile_blocks()
 
-    # ---- the lesson: each block is a unit, gathered and freed as one; the model itself takes what is left: embedding,
-    # last norm and head, so that a tied weight is in one unit with both its uses. Then shards get memory, and values.
-    mesh, settings = mesh_and_settings(config, ranks)
-    for block in model.blocks.values():
-        fully_shard(block, **settings)
-    fully_shard(model, **settings)
+    # ---- the lesson: ranks along dp_shard share one copy of the model; along dp_replicate there are further copies
+    copies, shards = mesh_shape(config.fsdp, ranks)
+    mesh = init_device_mesh(ranks.device.type, (copies, shards), mesh_dim_names=("dp_replicate", "dp_shard"))
+    # Units are gathered and computed with in the low precision; gradients are summed over the ranks in fp32. Inputs
+    # stay as they are: hidden states have the right precision already, and rotary angles would lose theirs.
+    low_precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
+    policy = MixedPrecisionPolicy(
+        param_dtype=low_precision, reduce_dtype=low_precision and torch.float32, cast_forward_inputs=False
+    )
+    offload = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if config.fsdp.cpu_offload else OffloadPolicy()
+    # Each block is a unit, gathered and freed as one. The model itself takes what is left: embedding, last norm and
+    # head, so that a tied weight is in one unit with both its uses.
+    for unit in (*model.blocks.values(), model):
+        fully_shard(
+            unit,
+            mesh=mesh if copies > 1 else mesh["dp_shard"],
+            mp_policy=policy,
+            offload_policy=offload,
+            reshard_after_forward=None if config.fsdp.reshard_after_forward else False,  # None: all but the root
+        )
     set_prefetch(list(model.blocks.values()), config.fsdp.prefetch)
+    # Now shards get memory, and values.
     model.to_empty(device="cpu" if config.fsdp.cpu_offload else ranks.device)
-    initialise(model, config)
+    fill_shards(model, config.seed)
 
     # ---- optimizer; the scaler keeps small fp16 gradients from vanishing, and does nothing otherwise
     optimizer = build_optimizer(model.parameters(), config.optimizer, ranks.device)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.train.precision == "fp16")
 
     flops = flops_per_token(config.model, config.data.sequence_length)
-    run = Run(config, ranks, "fsdp", tokens_per_step, flops_per_unit=flops, fingerprint=train_set.fingerprint(),
-              mesh=dict(zip(("replicate", "shard"), mesh.shape, strict=True)))  # fmt: skip
-    run.say(describe(model, settings["mp_policy"]))
-    run.say(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
+    run = Run(config, ranks, "fsdp", units_per_step=tokens_per_step, flops_per_unit=flops,
+              fingerprint=train_set.fingerprint(),
+              mesh={"dp_replicate": copies, "dp_shard": shards})  # fmt: skip
+    ranks.print(describe(model, policy))
+    ranks.print(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
     run.restore(model, optimizer, scaler)
 
     # ---- training
@@ -90,17 +107,9 @@ def main(config: ShardedConfig) -> None:
 
         if run.wants_evaluation(step):
             run.log_validation(step, evaluate(model, validation_set, plan.micro_size, ranks))
-        run.save_if_due(step, model, optimizer, scaler)
+        run.end_step(step, model, optimizer, scaler)
     run.finish()
     ranks.leave()  # a barrier, then the end of the process group
-
-
-@torch.no_grad()
-def initialise(model: Transformer, config: ShardedConfig) -> None:
-    """Give every shard its part of the weights that one process would start with; no more than one is ever whole."""
-    for name, parameter in model.named_parameters():
-        whole = initial_weight(name, parameter.shape, config.model, config.seed)
-        parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None))
 
 
 @torch.no_grad()
@@ -109,7 +118,7 @@ def evaluate(model: Transformer, dataset, batch_size: int, ranks: Ranks) -> floa
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, tokens
     place = ranks.rank, ranks.world_size
     # A forward gathers parameters: ranks with fewer samples join in with batches that do not count.
-    for tokens, targets in evaluation_batches(dataset, batch_size, ranks.device, *place, same_count=True):
+    for tokens, targets in evaluation_batches(dataset, batch_size, ranks.device, *place, equal_batches=True):
         sums += torch.stack([model(tokens, targets).double(), count_valid(targets)])
     dist.all_reduce(sums)  # ranks may have had different numbers of samples: sums, never a mean of means
     loss, count = sums.tolist()

@@ -49,7 +49,8 @@ def main(config: FabricConfig) -> None:
     # ---- data: the batch of step N is a pure function of the seed and N
     train_set, validation_set = text_datasets(config.data, config.model.vocabulary)
     plan = BatchPlan(config.batch, len(train_set), config.seed, ranks.rank, ranks.world_size)
-    loader = Loader(train_set, plan, ranks.device)  # not setup_dataloaders: that would cut up the data by its own rule
+    # Not setup_dataloaders: that would cut up the data by its own rule.
+    loader = Loader(train_set, plan, ranks.device, config.data.workers)
     tokens_per_step = config.batch.global_size * config.data.sequence_length
 
     # ---- model: weights are kept in fp32 (fp64 for proofs); Fabric computes in the low precision
@@ -68,10 +69,10 @@ def main(config: FabricConfig) -> None:
 
     flops = flops_per_token(config.model, config.data.sequence_length)
     run = Run(
-        config, ranks, "ddp", tokens_per_step,
+        config, ranks, "ddp", units_per_step=tokens_per_step,
         flops_per_unit=flops, fingerprint=train_set.fingerprint(), framework="lightning",
     )  # fmt: skip
-    run.say(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
+    ranks.print(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
     run.restore(model, optimizer)
 
     # ---- training
@@ -97,7 +98,7 @@ def main(config: FabricConfig) -> None:
         if run.wants_evaluation(step):
             with fabric.autocast():
                 run.log_validation(step, evaluate(model, validation_set, plan.micro_size, ranks, fabric))
-        run.save_if_due(step, model, optimizer)
+        run.end_step(step, model, optimizer)
     run.finish()
     ranks.leave()  # a barrier, then the end of the process group
 

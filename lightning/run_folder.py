@@ -16,6 +16,9 @@ from common.optimizer import learning_rate, set_learning_rate
 from common.ranks import Ranks, fail
 from common.run import Run
 
+# The names that run.json has for the strategies of all lessons, where Lightning's setting has another.
+STRATEGY = {"single_device": "single", "tensor_parallel": "tensor"}
+
 
 class RunFolder(Callback):
     """Keeps the run's record, and decides which step comes next: `step` is None when the training ends.
@@ -42,14 +45,13 @@ class RunFolder(Callback):
         length = config.data.sequence_length
         tokens, flops = config.batch.global_size * length, flops_per_token(config.model, length)
         self.run = Run(
-            config, self.ranks, config.strategy, tokens, flops_per_unit=flops, mesh=self.mesh,
-            fingerprint=self.train_set.fingerprint(), framework="lightning",
+            config, self.ranks, STRATEGY.get(config.strategy, config.strategy), units_per_step=tokens,
+            flops_per_unit=flops, mesh=self.mesh, fingerprint=self.train_set.fingerprint(), framework="lightning",
         )  # fmt: skip
-        self.run.say(explain(config.model, length, device, config.train.precision))
+        self.ranks.print(explain(config.model, length, device, config.train.precision))
         self.run.restore(module.model, trainer.optimizers[0], self.scaler(trainer))
         self.fast_forward(trainer)
-        self.steps = self.run.steps()
-        self.step = next(self.steps, None)
+        self.step = self.run.next_step()
 
     def fast_forward(self, trainer: Trainer) -> None:
         """Let Lightning's counters and the learning rate stand where the checkpoint ended.
@@ -100,10 +102,10 @@ class RunFolder(Callback):
     def end_of_step(self, trainer: Trainer, module: LightningModule) -> None:
         """Save if it is time to, and see which step is next; none, at the same step on all ranks, after a stop."""
         if self.config.strategy != "deepspeed":
-            self.run.save_if_due(self.step, module.model, trainer.optimizers[0], self.scaler(trainer))
+            self.run.end_step(self.step, module.model, trainer.optimizers[0], self.scaler(trainer))
         elif self.step + 1 == self.config.train.steps:  # ZeRO's partitions fit DeepSpeed's own format alone
             trainer.save_checkpoint(self.run.folder / "checkpoints" / "deepspeed")
-        self.step = next(self.steps, None)
+        self.step = self.run.next_step()
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Write curve and summary."""

@@ -16,7 +16,7 @@ import torch
 
 from common import network
 from common.config import Config
-from common.ranks import Place, before_joining, choose_device, fail, read_environment
+from common.ranks import LaunchInfo, choose_device, fail, prepare_process_group, read_environment
 
 warnings.filterwarnings("ignore", ".*srun. command is available")  # `read_launch` knows better
 warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)  # Lightning's, about torch's
@@ -104,14 +104,14 @@ def read_launch(config: Any, strategy: str) -> Launch:
     Raises:
         SystemExit: (exit code 2) the launcher and the settings contradict each other.
     """
-    before_joining()
+    prepare_process_group()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # no tips, and no lines about TPUs
     env = os.environ
     if {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT"} <= env.keys() and "RANK" not in env:
         # One of those that the first process has started: Lightning's launcher names the local rank alone.
         size, local_rank = int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
-        place, launcher, nodes = Place(local_rank, size, local_rank, size, "lightning"), "lightning", 1
+        place, launcher, nodes = LaunchInfo(local_rank, size, local_rank, size, "lightning"), "lightning", 1
     else:
         place = read_environment()
         launcher, nodes = place.launcher, place.world_size // place.local_world_size
@@ -157,7 +157,7 @@ def read_launch(config: Any, strategy: str) -> Launch:
     return launch
 
 
-def _check_srun(place: Place) -> None:
+def _check_srun(place: LaunchInfo) -> None:
     """SystemExit, in one line: Lightning would misread this srun step, or raise."""
     env = os.environ
     if env.get("SLURM_JOB_NAME") in ("bash", "interactive"):

@@ -17,7 +17,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from common.transformer import Transformer, initial_weight
+from common.meta_device import fill_shards
+from common.transformer import Transformer
 
 
 def sharded_transformer(config: LightningConfig, mesh: DeviceMesh, device: torch.device) -> Transformer:
@@ -43,7 +44,7 @@ def sharded_transformer(config: LightningConfig, mesh: DeviceMesh, device: torch
     fully_shard(model, mesh=mesh["data_parallel"], mp_policy=policy)
     # Lightning would fill meta tensors by each module's reset_parameters(), which knows nothing of our seed.
     model.to_empty(device=device)
-    initialise(model, config)
+    fill_shards(model, config.seed)
     return model
 
 
@@ -87,11 +88,3 @@ class Replicated(ParallelStyle):
             return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
 
         return distribute_module(module, mesh, None, enter, lambda _, output, mesh: output.to_local())
-
-
-@torch.no_grad()
-def initialise(model: Transformer, config: LightningConfig) -> None:
-    """Give every shard its part of the weights that one process would start with; no more than one is ever whole."""
-    for name, parameter in model.named_parameters():
-        whole = initial_weight(name, parameter.shape, config.model, config.seed)
-        parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None))

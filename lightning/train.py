@@ -40,7 +40,8 @@ def main(config: LightningConfig) -> None:
     launch = read_launch(config, config.strategy)
     data_parallel, tensor_parallel = mesh_shape(config, launch)
     data = TextData(config, data_parallel)
-    mesh = {"data": data_parallel} | ({"tensor": tensor_parallel} if tensor_parallel > 1 else {})
+    dp = "dp_replicate" if config.strategy in ("single_device", "ddp") else "dp_shard"
+    mesh = {dp: data_parallel, "tp": tensor_parallel}
     data.run_folder = RunFolder(config, launch, mesh, data.train_set)
 
     trainer = Trainer(
@@ -206,7 +207,9 @@ class Batches:
         return self.data.config.train.steps * self.data.plan.accumulation
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        loader = Loader(self.data.train_set, self.data.plan, self.data.trainer.strategy.root_device)
+        loader = Loader(
+            self.data.train_set, self.data.plan, self.data.trainer.strategy.root_device, self.data.config.data.workers
+        )
         while (step := self.data.run_folder.step) is not None:
             for micro_batch, _ in loader.micro_batches(step):
                 yield micro_batch
@@ -221,9 +224,9 @@ class EvaluationBatches:
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
         plan, device = self.data.plan, self.data.trainer.strategy.root_device
         # A forward of a sharded model communicates: ranks with fewer samples join in with batches that do not count.
-        same_count = self.data.config.strategy in ("fsdp", "tensor_parallel")
+        equal_batches = self.data.config.strategy in ("fsdp", "tensor_parallel")
         yield from evaluation_batches(
-            self.data.validation_set, plan.micro_size, device, plan.rank, plan.world_size, same_count=same_count
+            self.data.validation_set, plan.micro_size, device, plan.dp_rank, plan.dp_size, equal_batches=equal_batches
         )
 
 

@@ -2,7 +2,7 @@
 
     python lightning/train_vision.py --devices 2       # Lightning starts the second process; accuracy > 0.95
     torchrun --nproc-per-node=2 lightning/train_vision.py --model.name small_cnn         # seconds, accuracy > 0.9
-    torchrun --nproc-per-node=8 lightning/train_vision.py --config ddp/configs/resnet50_imagenet.yaml  # 8 GPUs
+    torchrun --nproc-per-node=8 lightning/train_vision.py --config ddp/configs/resnet50_imagenet.yaml --train.steps 200
 
 The settings are those of `ddp/train_vision.py`, whose config files fit; networks and batches are the same to the bit.
 What was one loop there is cut up here into what the Trainer calls: a data module says where batches come from, a
@@ -17,7 +17,6 @@ from typing import Any
 
 import environment  # noqa: F401  (first: it says when lightning is missing)
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
@@ -27,13 +26,13 @@ from torch.distributed.elastic.multiprocessing import errors as elastic
 from torch.nn.utils import clip_grad_norm_
 
 from common.config import parse
-from common.data import ImageDataset, image_datasets
 from common.data_sharding import BatchPlan, Loader, evaluation_batches
 from common.flops import forward_flops
 from common.optimizer import build_optimizer, learning_rate, set_learning_rate
 from common.ranks import Ranks, fail
 from common.run import Run
-from common.vision import VisionConfig, build_model
+from vision.images import ImageDataset, image_datasets
+from vision.networks import VisionConfig, average_statistics, build_model
 
 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # by a torch that is newer than Lightning
 
@@ -132,7 +131,7 @@ class VisionData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """On every rank, as soon as it knows its number: take its part of the plan."""
-        self.plan = replace(self.plan, rank=self.trainer.global_rank)
+        self.plan = replace(self.plan, dp_rank=self.trainer.global_rank)
         self.device = self.trainer.strategy.root_device
         self.loader = Loader(self.train_set, self.plan, self.device, self.config.data.workers)
 
@@ -166,7 +165,7 @@ class EvaluationBatches:
 
     def __iter__(self) -> Iterator[Any]:
         plan = self.data.plan
-        place = self.data.device, plan.rank, plan.world_size, self.data.config.data.workers
+        place = self.data.device, plan.dp_rank, plan.dp_size, self.data.config.data.workers
         return evaluation_batches(self.data.validation_set, plan.micro_size, *place)
 
 
@@ -240,14 +239,13 @@ class Record(Callback):
         self.ranks = Ranks(*place, trainer.strategy.root_device)
         images_per_step, fingerprint = self.config.batch.global_size, trainer.datamodule.train_set.fingerprint()
         self.run = Run(
-            self.config, self.ranks, "ddp", images_per_step, "images",
+            self.config, self.ranks, "ddp", units_per_step=images_per_step, unit="images",
             flops_per_unit=self.flops, fingerprint=fingerprint, framework="lightning",
         )  # fmt: skip
-        self.run.say(f"{self.flops / 1e6:.4g} MFLOP per image: three times the forward, as torch counts it")
+        self.ranks.print(f"{self.flops / 1e6:.4g} MFLOP per image: three times the forward, as torch counts it")
         self.run.restore(module.model, trainer.optimizers[0])
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        self.steps = self.run.steps()
-        self.step = next(self.steps, None)
+        self.step = self.run.next_step()
 
     def on_before_optimizer_step(self, trainer: Trainer, module: VisionModule, optimizer) -> None:
         """After backward, before clipping and the update."""
@@ -277,30 +275,12 @@ class Record(Callback):
 
     def end_step(self, trainer: Trainer, module: VisionModule) -> None:
         """Save if it is time to, and see which step is next; none, at the same step on all ranks, after a stop."""
-        self.run.save_if_due(self.step, module.model, trainer.optimizers[0])
-        self.step = next(self.steps, None)
+        self.run.end_step(self.step, module.model, trainer.optimizers[0])
+        self.step = self.run.next_step()
 
     def on_train_end(self, trainer: Trainer, module: VisionModule) -> None:
         """Write curve and summary."""
         self.run.finish()
-
-
-@torch.no_grad()
-def average_statistics(model: nn.Module, ranks: Ranks) -> None:
-    """Give all ranks the mean of their BatchNorm running statistics; nothing to do for a model without any.
-
-    Training never reads them, so each rank may gather its own during a step. Evaluation, checkpoints and the
-    replica check do read them, and must find the same on all ranks. The mean has seen the images of all
-    ranks, where DDP's own broadcast keeps only what rank 0 saw.
-    """
-    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]  # counters agree anyway
-    if not statistics:
-        return
-    flat = torch.cat([buffer.flatten() for buffer in statistics])  # one all-reduce for all layers
-    dist.all_reduce(flat)
-    flat /= ranks.world_size
-    for buffer, mean in zip(statistics, flat.split([b.numel() for b in statistics]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
 
 
 if __name__ == "__main__":

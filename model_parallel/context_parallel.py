@@ -3,7 +3,7 @@
     torchrun --nproc-per-node=2 model_parallel/context_parallel.py        # a laptop: about a minute, loss < 2.5
     torchrun --nproc-per-node=4 model_parallel/context_parallel.py --mesh.dp 2           # parts of different samples
     SCRIPT=model_parallel/context_parallel.py sbatch --nodes=2 --gpus-per-node=8 model_parallel/multi_node.sbatch \
-        --config model_parallel/configs/context.yaml
+        --config model_parallel/configs/context.yaml --train.steps 200
 
 The whole difference to `fsdp/train.py`: ranks of one context group see the same samples, and of each sequence their
 part, with its positions; attention fetches the keys and values of the other parts. All else works token by token.
@@ -15,13 +15,12 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from context_settings import ContextConfig, choose_attention, context_mesh
-from mesh_settings import data_parallel_settings, describe
+from mesh_settings import describe
 from torch import Tensor
 from torch.distributed._functional_collectives import all_gather_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.experimental._attention import set_rotate_method
 from torch.nn.utils import clip_grad_norm_
@@ -31,10 +30,11 @@ from common.data import text_datasets
 from common.data_sharding import BatchPlan, Loader, evaluation_batches
 from common.flops import explain, flops_per_token
 from common.loss import count_valid
+from common.meta_device import fill_shards
 from common.optimizer import build_optimizer, learning_rate, set_learning_rate
 from common.ranks import join
 from common.run import Run
-from common.transformer import Transformer, causal_attention, initial_weight
+from common.transformer import Transformer, causal_attention
 
 
 @record  # torchrun then reports the rank that failed first, and why
@@ -46,7 +46,7 @@ def main(config: ContextConfig) -> None:
     # ---- data: the batch of step N is a pure function of the seed and N
     train_set, validation_set = text_datasets(config.data, config.model.vocabulary)
     plan = BatchPlan(config.batch, len(train_set), config.seed, mesh["dp"].get_local_rank(), dp)
-    loader = Loader(train_set, plan, ranks.device)
+    loader = Loader(train_set, plan, ranks.device, config.data.workers)
     tokens_per_step = config.batch.global_size * config.data.sequence_length
 
     # ---- model: on the meta device its parameters have shapes and no memory
@@ -61,25 +61,29 @@ def main(config: ContextConfig) -> None:
         model.checkpoint_activations()
     if config.train.compile:
         model.compile_blocks()
-    settings = data_parallel_settings(config, mesh._flatten("dp_cp"))  # no public name yet: torchtitan calls it, too
-    for block in model.blocks.values():
-        fully_shard(block, **settings)
-    fully_shard(model, **settings)
+    # Low precision to gather and compute with, fp32 for shards and for sums over the ranks, as in fsdp/train.py.
+    low_precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
+    policy = MixedPrecisionPolicy(
+        param_dtype=low_precision, reduce_dtype=low_precision and torch.float32, cast_forward_inputs=False
+    )
+    all_ranks = mesh._flatten("dp_cp")  # no public name yet: torchtitan calls it, too
+    for unit in (*model.blocks.values(), model):
+        fully_shard(unit, mesh=all_ranks, mp_policy=policy)
     model.to_empty(device=ranks.device)
-    initialise(model, config)
+    fill_shards(model, config.seed)
 
     # ---- optimizer; the scaler keeps small fp16 gradients from vanishing, and does nothing otherwise
     optimizer = build_optimizer(model.parameters(), config.optimizer, ranks.device)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.train.precision == "fp16")
 
     flops = flops_per_token(config.model, config.data.sequence_length)
-    run = Run(config, ranks, "context", tokens_per_step, flops_per_unit=flops, fingerprint=train_set.fingerprint(),
-              mesh={"dp": dp, "cp": cp})  # fmt: skip
-    run.say(
+    run = Run(config, ranks, "context", units_per_step=tokens_per_step, flops_per_unit=flops,
+              fingerprint=train_set.fingerprint(), mesh={"dp_shard": dp, "cp": cp})  # fmt: skip
+    ranks.print(
         f"{attention} attention: {config.data.sequence_length // cp} of {config.data.sequence_length} tokens a rank"
     )
-    run.say(describe(model))
-    run.say(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
+    ranks.print(describe(model))
+    ranks.print(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
     run.restore(model, optimizer, scaler)
 
     # ---- training
@@ -106,7 +110,7 @@ def main(config: ContextConfig) -> None:
 
         if run.wants_evaluation(step):
             run.log_validation(step, evaluate(model, validation_set, plan.micro_size, mesh, attention))
-        run.save_if_due(step, model, optimizer, scaler)
+        run.end_step(step, model, optimizer, scaler)
     run.finish()
     ranks.leave()  # a barrier, then the end of the process group
 
@@ -172,21 +176,13 @@ def gathering_attention(mesh: DeviceMesh) -> Callable[..., Tensor]:
 
 
 @torch.no_grad()
-def initialise(model: Transformer, config: ContextConfig) -> None:
-    """Give every shard its part of the weights that one process would start with; no more than one is ever whole."""
-    for name, parameter in model.named_parameters():
-        whole = initial_weight(name, parameter.shape, config.model, config.seed)
-        parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None))
-
-
-@torch.no_grad()
 def evaluate(model: Transformer, dataset, batch_size: int, mesh: DeviceMesh, attention: str) -> float:
     """Mean loss per token over the validation set: the sum of all losses divided by the count of all tokens."""
     device = torch.device(mesh.device_type)
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
     place = mesh["dp"].get_local_rank(), mesh["dp"].size()
     # A forward communicates: ranks with fewer samples join in with batches that do not count.
-    for tokens, targets in evaluation_batches(dataset, batch_size, device, *place, same_count=True):
+    for tokens, targets in evaluation_batches(dataset, batch_size, device, *place, equal_batches=True):
         with part_of_sequence(tokens.shape[1], mesh["cp"], attention) as mine:
             tokens, targets = tokens[:, mine], targets[:, mine]
             sums += torch.stack([model(tokens, targets, mine).double(), count_valid(targets)])

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node=2 model_parallel/expert_parallel.py         # a laptop: about a minute, loss < 2.5
     torchrun --nproc-per-node=4 model_parallel/expert_parallel.py --mesh.dp 2         # experts, and shards of experts
     SCRIPT=model_parallel/expert_parallel.py sbatch --nodes=2 --gpus-per-node=8 model_parallel/multi_node.sbatch \
-        --config model_parallel/configs/expert.yaml
+        --config model_parallel/configs/expert.yaml --train.steps 200
 
 The whole difference to `fsdp/train.py`: the feed-forward layers send tokens where their experts are
 (`expert_layers.py`), and experts are sharded among fewer ranks than all else, because each rank has others.
@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from expert_layers import ExpertParallel, describe_load
 from expert_settings import ExpertConfig, expert_mesh
-from mesh_settings import data_parallel_settings, describe
+from mesh_settings import describe
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from common.config import parse
@@ -27,10 +27,11 @@ from common.data import text_datasets
 from common.data_sharding import BatchPlan, Loader, evaluation_batches
 from common.flops import explain, flops_per_token
 from common.loss import count_valid
+from common.meta_device import fill_shards
 from common.optimizer import build_optimizer, learning_rate, set_learning_rate
 from common.ranks import Ranks, join
 from common.run import Run
-from common.transformer import Transformer, initial_weight
+from common.transformer import Transformer
 
 
 @record  # torchrun then reports the rank that failed first, and why
@@ -42,7 +43,7 @@ def main(config: ExpertConfig) -> None:
     # ---- data: the batch of step N is a pure function of the seed and N
     train_set, validation_set = text_datasets(config.data, config.model.vocabulary)
     plan = BatchPlan(config.batch, len(train_set), config.seed, ranks.rank, ranks.world_size)
-    loader = Loader(train_set, plan, ranks.device)
+    loader = Loader(train_set, plan, ranks.device, config.data.workers)
     tokens_per_step = config.batch.global_size * config.data.sequence_length
 
     # ---- model: on the meta device its parameters have shapes and no memory
@@ -58,17 +59,17 @@ def main(config: ExpertConfig) -> None:
         model.compile_blocks()
     shard(model, config, mesh)
     model.to_empty(device=ranks.device)
-    initialise(model, config)
+    fill_shards(model, config.seed)
 
     # ---- optimizer; the scaler keeps small fp16 gradients from vanishing, and does nothing otherwise
     optimizer = build_optimizer(model.parameters(), config.optimizer, ranks.device)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.train.precision == "fp16")
 
     flops = flops_per_token(config.model, config.data.sequence_length)
-    run = Run(config, ranks, "expert", tokens_per_step, flops_per_unit=flops, fingerprint=train_set.fingerprint(),
-              mesh={"dp": dp, "ep": ep})  # fmt: skip
-    run.say(describe(model))
-    run.say(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
+    run = Run(config, ranks, "expert", units_per_step=tokens_per_step, flops_per_unit=flops,
+              fingerprint=train_set.fingerprint(), mesh={"dp_shard": dp * ep, "ep": ep})  # fmt: skip
+    ranks.print(describe(model))
+    ranks.print(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
     run.restore(model, optimizer, scaler)
 
     # ---- training
@@ -94,11 +95,11 @@ def main(config: ExpertConfig) -> None:
         optimizer.zero_grad()
         run.log(step, loss_sum, grad_norm, lr)  # read one step late: the loop never waits for the device
         if step % config.train.log_every == 0 or run.wants_evaluation(step):
-            run.say(describe_load(layers))
+            ranks.print(describe_load(layers))
 
         if run.wants_evaluation(step):
             run.log_validation(step, evaluate(model, validation_set, plan.micro_size, ranks))
-        run.save_if_due(step, model, optimizer, scaler)
+        run.end_step(step, model, optimizer, scaler)
     run.finish()
     ranks.leave()  # a barrier, then the end of the process group
 
@@ -121,13 +122,18 @@ def shard(model: Transformer, config: ExpertConfig, mesh: DeviceMesh) -> None:
     and FSDP adds those of the other groups. FSDP would average, over dp ranks here and over all ranks elsewhere: two
     scales. So it shall sum everywhere, and the loss alone is divided, by the tokens of the global batch.
     """
-    settings = data_parallel_settings(config, mesh._flatten("dp_ep"))  # no public name yet: torchtitan calls it, too
+    # Low precision to gather and compute with, fp32 for shards and for sums over the ranks, as in fsdp/train.py.
+    low_precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
+    policy = MixedPrecisionPolicy(
+        param_dtype=low_precision, reduce_dtype=low_precision and torch.float32, cast_forward_inputs=False
+    )
+    all_ranks = mesh._flatten("dp_ep")  # no public name yet: torchtitan calls it, too
     for block in model.blocks.values():
-        fully_shard(block.ffn.router, **settings)
+        fully_shard(block.ffn.router, mesh=all_ranks, mp_policy=policy)
         # Along the rows of each expert: along the experts there may be fewer than shards.
-        fully_shard(block.ffn, **settings | {"mesh": mesh["dp"]}, shard_placement_fn=lambda _: Shard(1))
-        fully_shard(block, **settings)
-    fully_shard(model, **settings)
+        fully_shard(block.ffn, mesh=mesh["dp"], mp_policy=policy, shard_placement_fn=lambda _: Shard(1))
+        fully_shard(block, mesh=all_ranks, mp_policy=policy)
+    fully_shard(model, mesh=all_ranks, mp_policy=policy)
     for unit in model.modules():
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(1.0)
@@ -151,20 +157,12 @@ def clip_grad_norm(parameters: Iterable[torch.nn.Parameter], largest: float) -> 
 
 
 @torch.no_grad()
-def initialise(model: Transformer, config: ExpertConfig) -> None:
-    """Give every shard its part of the weights that one process would start with; no more than one is ever whole."""
-    for name, parameter in model.named_parameters():
-        whole = initial_weight(name, parameter.shape, config.model, config.seed)
-        parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None))
-
-
-@torch.no_grad()
 def evaluate(model: Transformer, dataset, batch_size: int, ranks: Ranks) -> float:
     """Mean loss per token over the validation set: the sum of all losses divided by the count of all tokens."""
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, tokens
     place = ranks.rank, ranks.world_size
     # A forward gathers parameters: ranks with fewer samples join in with batches that do not count.
-    for tokens, targets in evaluation_batches(dataset, batch_size, ranks.device, *place, same_count=True):
+    for tokens, targets in evaluation_batches(dataset, batch_size, ranks.device, *place, equal_batches=True):
         sums += torch.stack([model(tokens, targets).double(), count_valid(targets)])
     dist.all_reduce(sums)  # ranks may have had different numbers of samples: sums, never a mean of means
     loss, count = sums.tolist()

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node=8 model_parallel/hybrid_parallel.py --batch.micro_size 3    # 2 × 2 × 2
     torchrun --nproc-per-node=4 model_parallel/hybrid_parallel.py --mesh.tp 1 --batch.micro_size 3   # pipeline × data
     SCRIPT=model_parallel/hybrid_parallel.py sbatch --nodes=8 --gpus-per-node=8 model_parallel/multi_node.sbatch \
-        --config model_parallel/configs/llama_70b.yaml
+        --config model_parallel/configs/llama_70b.yaml --train.steps 200
 
 Nothing here is new: the pipeline is that of `pipeline_parallel.py`, the slices are those of `tensor_parallel.py`, the
 shards those of `fsdp/train.py`. What counts is the order, inside out, and who shares what with whom on the mesh.
@@ -11,13 +11,13 @@ shards those of `fsdp/train.py`. What counts is the order, inside out, and who s
 
 import torch
 import torch.distributed as dist
-from mesh_settings import HybridConfig, data_parallel_settings, hybrid_mesh
+from mesh_settings import HybridConfig, hybrid_mesh
 from pipeline_parallel import build_schedule, clip_grad_norm, describe, fill_up, join_stages, run_schedule, split_layers
 from pipeline_state import StageState, tied_weight
-from tensor_parallel import initialise, tensor_parallelize
+from tensor_parallel import tensor_parallelize
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor.parallel import loss_parallel
 
@@ -26,6 +26,7 @@ from common.data import text_datasets
 from common.data_sharding import BatchPlan, Loader, evaluation_batches
 from common.flops import explain, flops_per_token
 from common.loss import count_valid
+from common.meta_device import fill_shards
 from common.optimizer import build_optimizer, learning_rate, set_learning_rate
 from common.ranks import Ranks, join
 from common.run import Run
@@ -41,7 +42,7 @@ def main(config: HybridConfig) -> None:
     # ---- data: ranks of one data-parallel coordinate work on the same samples, whatever their stage and slice
     train_set, validation_set = text_datasets(config.data, config.model.vocabulary)
     plan = BatchPlan(config.batch, len(train_set), config.seed, mesh["dp"].get_local_rank(), dp)
-    loader = Loader(train_set, plan, ranks.device)
+    loader = Loader(train_set, plan, ranks.device, config.data.workers)
     tokens_per_step = config.batch.global_size * config.data.sequence_length
 
     # ---- the lesson: this rank's stages, each cut and sharded, and the schedule that runs them. FSDP averages over the
@@ -58,12 +59,12 @@ def main(config: HybridConfig) -> None:
     first_and_last, _ = dist.new_subgroups_by_enumeration(ends)  # all ranks must call it
 
     flops = flops_per_token(config.model, config.data.sequence_length)
-    run = Run(config, ranks, f"hybrid: {config.schedule}", tokens_per_step, flops_per_unit=flops,
-              mesh={"pp": pp, "dp": dp, "tp": tp}, fingerprint=train_set.fingerprint())  # fmt: skip
-    run.say(describe(stages, plan.accumulation, pp))
+    run = Run(config, ranks, "hybrid", units_per_step=tokens_per_step, flops_per_unit=flops,
+              fingerprint=train_set.fingerprint(), mesh={"pp": pp, "dp_shard": dp, "tp": tp})  # fmt: skip
+    ranks.print(describe(stages, plan.accumulation, pp))
     kept = ranks.all_gather(sum(parameter.to_local().nbytes for parameter in model.parameters()))
-    run.say(f"the {pp} × {dp} × {tp} ranks keep {min(kept):,} to {max(kept):,} bytes of parameters each")
-    run.say(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
+    ranks.print(f"the {pp} × {dp} × {tp} ranks keep {min(kept):,} to {max(kept):,} bytes of parameters each")
+    ranks.print(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
     run.restore(state, optimizer)
 
     # ---- training
@@ -85,7 +86,7 @@ def main(config: HybridConfig) -> None:
         if run.wants_evaluation(step):
             batch_size = config.batch.global_size // dp
             run.log_validation(step, evaluate(schedule, stages, validation_set, batch_size, mesh, ranks))
-        run.save_if_due(step, state, optimizer)
+        run.end_step(step, state, optimizer)
     run.finish()
     ranks.leave()
 
@@ -101,9 +102,11 @@ def build_stages(config: HybridConfig, mesh: DeviceMesh, ranks: Ranks) -> list[P
     """
     count = mesh["pp"].size() * config.stages_per_rank
     layers = split_layers(config.model, count)
-    settings = data_parallel_settings(config, mesh["dp"])
-    # Whole from a step's first micro-batch to its last: else each micro-batch would gather every block twice.
-    settings["reshard_after_forward"] = False
+    # Low precision to gather and compute with, fp32 for shards and for sums over the ranks, as in fsdp/train.py.
+    low_precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
+    policy = MixedPrecisionPolicy(
+        param_dtype=low_precision, reduce_dtype=low_precision and torch.float32, cast_forward_inputs=False
+    )
     stages = []
     for number in range(mesh["pp"].get_local_rank(), count, mesh["pp"].size()):
         is_last = number == count - 1
@@ -114,11 +117,11 @@ def build_stages(config: HybridConfig, mesh: DeviceMesh, ranks: Ranks) -> list[P
         tensor_parallelize(part, mesh["tp"], config.sequence_parallel)
         if config.train.activation_checkpointing:
             part.checkpoint_activations()
-        for block in part.blocks.values():
-            fully_shard(block, **settings)
-        fully_shard(part, **settings)
+        for unit in (*part.blocks.values(), part):
+            # Whole from a step's first micro-batch to its last. Resharded, each micro-batch would gather it twice.
+            fully_shard(unit, mesh=mesh["dp"], mp_policy=policy, reshard_after_forward=False)
         part.to_empty(device=ranks.device)
-        initialise(part, config)
+        fill_shards(part, config.seed)
         if is_last:  # the schedule joins what micro-batches give: of a sum of losses, a vector of one number each
             part.register_forward_hook(lambda _, inputs, loss_sum: loss_sum.to_local().reshape(1))
         stages.append(PipelineStage(part, number, count, ranks.device, group=mesh["pp"].get_group()))
@@ -138,7 +141,7 @@ def evaluate(schedule, stages, dataset, batch_size: int, mesh: DeviceMesh, ranks
     """Mean loss per token over the validation set: the sum of all losses divided by the count of all tokens."""
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, tokens
     place = mesh["dp"].get_local_rank(), mesh["dp"].size()
-    for tokens, targets in evaluation_batches(dataset, batch_size, ranks.device, *place, same_count=True):
+    for tokens, targets in evaluation_batches(dataset, batch_size, ranks.device, *place, equal_batches=True):
         tokens, targets = fill_up(tokens, targets, batch_size)
         losses = run_stages(schedule.eval, stages, tokens, targets)
         sums += torch.stack([losses.sum(), count_valid(targets) * stages[-1].is_last])

@@ -1,4 +1,4 @@
-"""The settings of tensor, pipeline and hybrid parallelism, and what of them cannot work, said before all is built."""
+"""The settings of tensor, pipeline and hybrid parallelism, and refusals of those that cannot work."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from common.config import Config
 from common.ranks import Ranks, fail
@@ -122,16 +121,6 @@ def require_divisible(config: TensorConfig | HybridConfig, tp: int) -> None:
         if size % tp:
             found = f"{name} = {size}, which does not divide among {tp} tensor ranks"
             fail(f"{found}; expected a multiple of {tp}; change it, or mesh.tp")
-
-
-def data_parallel_settings(config: Config, mesh: DeviceMesh) -> dict[str, Any]:
-    """The arguments of every `fully_shard`, as in fsdp/: low precision to compute with, fp32 for shards and sums.
-
-    mesh: of one axis, whose ranks share each weight.
-    """
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
-    policy = MixedPrecisionPolicy(low, low and torch.float32, cast_forward_inputs=False)
-    return {"mesh": mesh, "mp_policy": policy}
 
 
 def describe(model: torch.nn.Module) -> str:

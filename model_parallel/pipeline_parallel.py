@@ -52,7 +52,7 @@ def main(config: PipelineConfig) -> None:
     # ---- data: all ranks work on the same samples; the first stage reads tokens, the last targets
     train_set, validation_set = text_datasets(config.data, config.model.vocabulary)
     plan = BatchPlan(config.batch, len(train_set), config.seed)
-    loader = Loader(train_set, plan, ranks.device)
+    loader = Loader(train_set, plan, ranks.device, config.data.workers)
     tokens_per_step = config.batch.global_size * config.data.sequence_length
 
     # ---- the lesson: this rank's stages, and the schedule that runs them
@@ -66,10 +66,10 @@ def main(config: PipelineConfig) -> None:
 
     flops = flops_per_token(config.model, config.data.sequence_length)
     alone, _ = dist.new_subgroups(1)  # no other rank holds what this one does
-    run = Run(config, ranks, f"pipeline: {config.schedule}", tokens_per_step, flops_per_unit=flops,
-              mesh={"pp": ranks.world_size}, fingerprint=train_set.fingerprint(), replicas=alone)  # fmt: skip
-    run.say(describe(stages, plan.accumulation, ranks.world_size))
-    run.say(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
+    run = Run(config, ranks, "pipeline", units_per_step=tokens_per_step, flops_per_unit=flops,
+              fingerprint=train_set.fingerprint(), mesh={"pp": ranks.world_size}, replicas=alone)  # fmt: skip
+    ranks.print(describe(stages, plan.accumulation, ranks.world_size))
+    ranks.print(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
     run.restore(state, optimizer)
 
     # ---- training
@@ -92,7 +92,7 @@ def main(config: PipelineConfig) -> None:
             with autocast:
                 val_loss = evaluate(schedule, stages, validation_set, config.batch.global_size, ranks)
             run.log_validation(step, val_loss)
-        run.save_if_due(step, state, optimizer)
+        run.end_step(step, state, optimizer)
     run.finish()
     ranks.leave()
 

@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node=2 model_parallel/tensor_parallel.py         # a laptop: about a minute, loss < 2.5
     torchrun --nproc-per-node=4 model_parallel/tensor_parallel.py --mesh.dp 2            # slices, and shards of slices
-    sbatch --nodes=2 --gpus-per-node=8 model_parallel/multi_node.sbatch --config model_parallel/configs/tensor.yaml
+    sbatch --nodes=2 --gpus-per-node=8 model_parallel/multi_node.sbatch \\
+        --config model_parallel/configs/tensor.yaml --train.steps 200
 
 The whole difference to `fsdp/train.py`: a plan says how each layer is cut, before FSDP wraps what is left of it; ranks
 of one tensor group see the same samples; and the loss is computed from logits that stay cut along the vocabulary.
@@ -10,10 +11,10 @@ of one tensor group see the same samples; and the loss is computed from logits t
 
 import torch
 import torch.distributed as dist
-from mesh_settings import TensorConfig, data_parallel_settings, describe, tensor_mesh
+from mesh_settings import TensorConfig, describe, tensor_mesh
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -31,10 +32,11 @@ from common.data import text_datasets
 from common.data_sharding import BatchPlan, Loader, evaluation_batches
 from common.flops import explain, flops_per_token
 from common.loss import count_valid
+from common.meta_device import fill_shards
 from common.optimizer import build_optimizer, learning_rate, set_learning_rate
 from common.ranks import Ranks, join
 from common.run import Run
-from common.transformer import Transformer, initial_weight
+from common.transformer import Transformer
 
 
 @record  # torchrun then reports the rank that failed first, and why
@@ -46,7 +48,7 @@ def main(config: TensorConfig) -> None:
     # ---- data: the batch of step N is a pure function of the seed and N
     train_set, validation_set = text_datasets(config.data, config.model.vocabulary)
     plan = BatchPlan(config.batch, len(train_set), config.seed, mesh["dp"].get_local_rank(), dp)
-    loader = Loader(train_set, plan, ranks.device)
+    loader = Loader(train_set, plan, ranks.device, config.data.workers)
     tokens_per_step = config.batch.global_size * config.data.sequence_length
 
     # ---- model: on the meta device its parameters have shapes and no memory
@@ -60,22 +62,25 @@ def main(config: TensorConfig) -> None:
         model.checkpoint_activations()
     if config.train.compile:
         model.compile_blocks()
-    settings = data_parallel_settings(config, mesh["dp"])
-    for block in model.blocks.values():
-        fully_shard(block, **settings)
-    fully_shard(model, **settings)
+    # Low precision to gather and compute with, fp32 for shards and for sums over the ranks, as in fsdp/train.py.
+    low_precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
+    policy = MixedPrecisionPolicy(
+        param_dtype=low_precision, reduce_dtype=low_precision and torch.float32, cast_forward_inputs=False
+    )
+    for unit in (*model.blocks.values(), model):
+        fully_shard(unit, mesh=mesh["dp"], mp_policy=policy)
     model.to_empty(device=ranks.device)
-    initialise(model, config)
+    fill_shards(model, config.seed)
 
     # ---- optimizer; the scaler keeps small fp16 gradients from vanishing, and does nothing otherwise
     optimizer = build_optimizer(model.parameters(), config.optimizer, ranks.device)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.train.precision == "fp16")
 
     flops = flops_per_token(config.model, config.data.sequence_length)
-    run = Run(config, ranks, "tensor", tokens_per_step, flops_per_unit=flops, fingerprint=train_set.fingerprint(),
-              mesh={"dp": dp, "tp": tp})  # fmt: skip
-    run.say(describe(model))
-    run.say(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
+    run = Run(config, ranks, "tensor", units_per_step=tokens_per_step, flops_per_unit=flops,
+              fingerprint=train_set.fingerprint(), mesh={"dp_shard": dp, "tp": tp})  # fmt: skip
+    ranks.print(describe(model))
+    ranks.print(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
     run.restore(model, optimizer, scaler)
 
     # ---- training
@@ -101,7 +106,7 @@ def main(config: TensorConfig) -> None:
 
         if run.wants_evaluation(step):
             run.log_validation(step, evaluate(model, validation_set, plan.micro_size, mesh, ranks))
-        run.save_if_due(step, model, optimizer, scaler)
+        run.end_step(step, model, optimizer, scaler)
     run.finish()
     ranks.leave()  # a barrier, then the end of the process group
 
@@ -115,26 +120,25 @@ def tensor_parallelize(model: Transformer, mesh: DeviceMesh, sequence_parallel: 
     """
     hidden = Shard(1) if sequence_parallel else Replicate()  # of activations (batch, sequence, width) between layers
     norm = SequenceParallel() if sequence_parallel else Replicated()
-    # Entering: whole on every rank, for several projections at once. Backward sums what each rank's slice gave.
-    enter = {"input_layouts": (hidden, None, None, None), "desired_input_layouts": (Replicate(), None, None, None)}
-    enter_ffn = {"input_layouts": (hidden,), "desired_input_layouts": (Replicate(),)}
-    enter_head = {"input_layouts": (hidden, None, None), "desired_input_layouts": (Replicate(), None, None)}
-    rows = RowwiseParallel(output_layouts=hidden)
     plan = {
         "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=hidden),  # cut along the vocabulary
         "blocks.*.attention_norm": norm,
-        "blocks.*.attention": PrepareModuleInput(**enter),
+        # Entering, hidden states become whole on every rank, once for all three projections. Backward sums the
+        # gradients of the ranks' slices. The other three inputs (None) are no activations.
+        "blocks.*.attention": PrepareModuleInput(
+            input_layouts=(hidden, None, None, None), desired_input_layouts=(Replicate(), None, None, None)
+        ),
         "blocks.*.attention.query": ColwiseParallel(),
         "blocks.*.attention.key": ColwiseParallel(),
         "blocks.*.attention.value": ColwiseParallel(),
-        "blocks.*.attention.output": rows,
+        "blocks.*.attention.output": RowwiseParallel(output_layouts=hidden),
         "blocks.*.ffn_norm": norm,
-        "blocks.*.ffn": PrepareModuleInput(**enter_ffn),
+        "blocks.*.ffn": PrepareModuleInput(input_layouts=(hidden,), desired_input_layouts=(Replicate(),)),
         "blocks.*.ffn.gate": ColwiseParallel(),
         "blocks.*.ffn.up": ColwiseParallel(),
-        "blocks.*.ffn.down": rows,
+        "blocks.*.ffn.down": RowwiseParallel(output_layouts=hidden),
         "norm": norm,
-        "head": PrepareModuleInput(**enter_head),
+        "head": PrepareModuleInput(input_layouts=(hidden, None, None), desired_input_layouts=(Replicate(), None, None)),
     }
     here = dict(model.named_children())  # a pipeline stage has no embedding, or no head
     parallelize_module(model, mesh, {name: style for name, style in plan.items() if name.split(".")[0] in here})
@@ -154,20 +158,12 @@ class Replicated(ParallelStyle):
 
 
 @torch.no_grad()
-def initialise(model: Transformer, config: TensorConfig) -> None:
-    """Give every shard its part of the weights that one process would start with; no more than one is ever whole."""
-    for name, parameter in model.named_parameters():
-        whole = initial_weight(name, parameter.shape, config.model, config.seed)
-        parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None))
-
-
-@torch.no_grad()
 def evaluate(model: Transformer, dataset, batch_size: int, mesh: DeviceMesh, ranks: Ranks) -> float:
     """Mean loss per token over the validation set: the sum of all losses divided by the count of all tokens."""
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, tokens
     place = mesh["dp"].get_local_rank(), mesh["dp"].size()
     # A forward communicates: ranks with fewer samples join in with batches that do not count.
-    for tokens, targets in evaluation_batches(dataset, batch_size, ranks.device, *place, same_count=True):
+    for tokens, targets in evaluation_batches(dataset, batch_size, ranks.device, *place, equal_batches=True):
         with loss_parallel():
             sums += torch.stack([model(tokens, targets).to_local().double(), count_valid(targets)])
     # Over all ranks: those of a tensor group count each token as often as its loss.

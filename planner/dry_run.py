@@ -72,7 +72,7 @@ def predict(
     """What the lessons' READMEs say of this strategy; keys: a quantity, or "collective axis count" and "… bytes"."""
     size = 8 if config.train.precision == "fp64" else 4
     low = {"bf16": 2, "fp64": 8}.get(config.train.precision, 4)  # in which FSDP gathers, and tensor ranks compute
-    layers, world_size = config.model.layers, math.prod(mesh.values())
+    layers, world_size = config.model.layers, math.prod(size for axis, size in mesh.items() if axis != "ep")
     with torch.device("meta"):
         model = Transformer(config.model)
     everything, blocks = list(model.parameters()), list(model.blocks.parameters())
@@ -101,20 +101,20 @@ def predict(
         collective("all-gather", axis, m * (1 + passes * layers), low * gathered, words, source)
         wide = max(low, 4)  # gradients are summed in fp32 where units compute in bf16
         collective("reduce-scatter", axis, 1 + layers, wide * whole, f"1 + L; {wide} P", source)
-        if mesh.get("replicate", 1) > 1:
+        if mesh["dp_replicate"] > 1:
             words = f"1 + L; {wide} P / n"
-            collective("all-reduce", "replicate", 1 + layers, wide * whole / n, words, source)
+            collective("all-reduce", "dp_replicate", 1 + layers, wide * whole / n, words, source)
 
     def count(parameters: list[torch.Tensor]) -> int:
         return sum(p.numel() for p in parameters)
 
     if strategy == "fsdp":
-        n = mesh["shard"]
+        n = mesh["dp_shard"]
         state(count(everything) / n, "P / n", "fsdp/README.md")
         reshard = config.fsdp.reshard_after_forward
-        sharding(count(everything), count(blocks), n, "shard", reshard, "fsdp/README.md")
+        sharding(count(everything), count(blocks), n, "dp_shard", reshard, "fsdp/README.md")
     elif strategy == "tensor":
-        dp, tp = mesh["dp"], mesh["tp"]
+        dp, tp = mesh["dp_shard"], mesh["tp"]
         source = "model_parallel/README.md"
 
         def slices(parameters: list[torch.Tensor]) -> float:
@@ -137,7 +137,7 @@ def predict(
             for kind in ("all-gather", "reduce-scatter"):
                 words = f"m L; {low} m L 2 b kv h s"
                 collective(kind, "cp", micro_batches * layers, nbytes, words, "model_parallel/README.md")
-    elif strategy.startswith("pipeline"):
+    elif strategy == "pipeline":
         stages = world_size * config.stages_per_rank
         mine = range(rank, stages, world_size)
         ends = [-(-layers * stage // stages) for stage in range(stages + 1)]  # equal parts; where not, the last is less

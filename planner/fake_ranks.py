@@ -26,7 +26,7 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from common import config as settings
-from common import data, data_sharding, ranks, run
+from common import data, data_sharding, metrics, ranks, run, run_folder
 from common.ranks import Ranks, fail
 from common.transformer import Transformer
 from planner.meter import Meter, replaced
@@ -34,6 +34,11 @@ from planner.meter import Meter, replaced
 
 class FakeRanks(Ranks):
     """The others say what this one says."""
+
+    dry: "DryRun"
+
+    def print(self, line: str) -> None:
+        self.dry.said.append(line)
 
     def all_gather(self, value: Any) -> list[Any]:
         return [value] * self.world_size
@@ -107,9 +112,9 @@ class Record(run.Run):
 
     dry: "DryRun"
 
-    def __init__(self, config: Any, ranks: Ranks, strategy: str, *_: Any, **options: Any) -> None:
-        self.config, self.ranks, self._clock = config, ranks, 0.0
-        self.dry.strategy, self.dry.mesh = strategy, options.get("mesh") or {"data": ranks.world_size}
+    def __init__(self, config: Any, ranks: Ranks, strategy: str, **options: Any) -> None:
+        self.config, self.ranks = config, ranks
+        self.dry.strategy, self.dry.mesh = strategy, run_folder.full_mesh(options.get("mesh"), ranks.world_size)
 
     def restore(self, model: Any, *_: Any) -> None:
         model = getattr(model, "module", model)  # a pipeline's is inside its StageState
@@ -122,19 +127,13 @@ class Record(run.Run):
         yield 1
         self.dry.meter.finish_step()
 
-    def say(self, line: str) -> None:
-        self.dry.said.append(line)
-
-    def _read_pending(self) -> None:
-        self._pending = None
-
-    def _stop_wanted(self) -> bool:
-        return False
+    def log(self, step: int, loss_sum: Any, grad_norm: Any, lr: float) -> None:
+        metrics.start_sum(loss_sum, grad_norm, stop=False)  # it is sent; nothing can be read
 
     def wants_evaluation(self, step: int) -> bool:
         return False
 
-    def save_if_due(self, *_: Any) -> None:
+    def end_step(self, *_: Any) -> None:
         pass
 
     def finish(self) -> None:
@@ -231,12 +230,14 @@ class DryRun:
 
         def join(*_: Any) -> Ranks:
             dist.init_process_group("fake", store=FakeStore(), rank=dry.rank, world_size=dry.world_size)
-            return FakeRanks(dry.rank, dry.world_size, dry.rank, dry.world_size, "dry run", torch.device("cpu"))
+            return of_this(FakeRanks)(
+                dry.rank, dry.world_size, dry.rank, dry.world_size, "dry run", torch.device("cpu")
+            )
 
         def single_process(*_: Any) -> Ranks:
             if dry.world_size > 1:
                 fail(f"{dry.script} is a script for one process; expected --world_size 1, not {dry.world_size}; set it")
-            return FakeRanks(0, 1, 0, 1, "dry run", torch.device("cpu"))
+            return of_this(FakeRanks)(0, 1, 0, 1, "dry run", torch.device("cpu"))
 
         def real_mesh(*args: Any, **options: Any) -> Any:  # ranks in a mesh are values
             with unset_fake_temporarily():

@@ -356,7 +356,7 @@ def over_nccl(me, device: str, options: argparse.Namespace, hosts: list[str], re
     name = "all-reduce, NCCL"
 
     def give_up(found: str) -> None:
-        late = problem(name, found, "NCCL_DEBUG=INFO shows where it waits; python -m common.network --explain")
+        late = problem(name, found, "NCCL_DEBUG=INFO shows where it waits; python slurm/network.py --explain")
         finish(options, me, hosts, [(old + [late], *rest) for old, *rest in reports])
         sys.stdout.flush()
         os._exit(1)  # this may be a thread, while the main one hangs in NCCL

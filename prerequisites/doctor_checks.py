@@ -24,10 +24,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 MODULES = {  # what is imported, and under which name; other packages are only tools, whose version is enough
-    "torch": "torch", "torchvision": "torchvision", "numpy": "numpy", "jsonargparse": "jsonargparse",
-    "docstring-parser": "docstring_parser", "PyYAML": "yaml", "tqdm": "tqdm", "psutil": "psutil",
-    "matplotlib": "matplotlib", "scikit-learn": "sklearn", "setuptools": "setuptools", "transformers": "transformers",
-    "safetensors": "safetensors", "torchdata": "torchdata", "tensorboard": "tensorboard",
+    "torch": "torch", "torchvision": "torchvision", "numpy": "numpy", "PyYAML": "yaml", "tqdm": "tqdm",
+    "psutil": "psutil", "matplotlib": "matplotlib", "scikit-learn": "sklearn", "setuptools": "setuptools",
+    "transformers": "transformers", "safetensors": "safetensors", "torchdata": "torchdata",
+    "tensorboard": "tensorboard",
 }  # fmt: skip
 FRAMEWORKS = ("deepspeed", "lightning", "horovod", "jax", "nemo")  # folders of lessons that bear a library's name
 OLDEST_TORCH = (2, 11)

@@ -362,6 +362,23 @@ class Cluster:
             self.throttle_node(node, (self.folder / "rate").read_text())
         self.daemon(node, "slurmd", "-N", node.name)
 
+    def start_node_again(self, node: Machine, timeout_s: float = 90) -> None:
+        """Boot a node that was switched off, and wait until jobs may start on it: a second, or a minute.
+
+        slurmctld sends what a dead node has not answered once more after a minute. That may be the end of a step, and a
+        job that was requeued meanwhile has a step of the same number: the node takes no jobs until the queue is empty.
+        """
+        self.ask("scontrol", "update", f"NodeName={node.name}", "State=DRAIN", "Reason=boots")
+        self.start_node(node)
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            queued = re.search(r"Agent queue size: *(\d+)", self.ask("sdiag"))
+            if not queued or queued[1] == "0":
+                break
+            time.sleep(0.2)
+        self.ask("scontrol", "update", f"NodeName={node.name}", "State=RESUME")
+        self.wait_until_idle()
+
     def daemon(self, machine: Machine, *command: str) -> None:
         """Start one of Slurm's daemons on a machine; it puts itself into the background."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
@@ -530,8 +547,7 @@ def main() -> None:
         node = cluster.node(options.number)
         if node.pid:
             stop(f"{node.name} is on")
-        cluster.start_node(node)
-        cluster.wait_until_idle()
+        cluster.start_node_again(node)
     elif options.command == "throttle":
         cluster.require_up()
         if options.rate != "none" and not re.fullmatch(r"[1-9]\d*(kbit|mbit|gbit)", options.rate):

@@ -3,8 +3,9 @@
     python slurm/evaluate.py runs/NAME                 # validation loss, perplexity; writes runs/NAME/evaluation.json
     sbatch slurm/evaluate.sbatch runs/NAME
 
-Settings, model and data come from the run's own config.yaml, so that nothing has to be said twice. However many ranks
-trained and saved it: the checkpoint is resharded to this one process, and the loss is that which the run reported.
+Model, data, seed, precision and batch come from the run's own config.yaml. The run may be of any script that trains the
+transformer on text, on any number of ranks: the checkpoint is resharded to this one process, and the loss is the one
+that the run reported.
 """
 
 import json
@@ -15,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from common import checkpoint
-from common.config import Config, parse
+from common import checkpoint, manifest
+from common.config import read_run_config
 from common.data import text_datasets
 from common.data_sharding import evaluation_batches
 from common.loss import count_valid
@@ -28,11 +29,14 @@ from common.transformer import Transformer
 def main(folder: Path) -> None:
     if not (folder / "config.yaml").is_file():
         fail(f"{folder} holds no config.yaml; expected the folder of a run; give one of runs/")
-    saved = checkpoint.latest(folder / "checkpoints")
+    try:
+        config = read_run_config(folder)
+    except ValueError as error:
+        fail(f"{error}; evaluate.py evaluates no other runs; the run's own results are in {folder}/metrics.jsonl")
+    saved = manifest.latest(folder / "checkpoints")
     if saved is None:
         fail(f"{folder} holds no finished checkpoint; expected checkpoints/step_N; let the training save one first")
-    config = parse(Config, ["--config", str(folder / "config.yaml")])
-    ranks = single_process(config.device)
+    ranks = single_process()
 
     _, validation_set = text_datasets(config.data, config.model.vocabulary)
     model = Transformer(config.model, config.seed).to(ranks.device)

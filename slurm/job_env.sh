@@ -65,8 +65,8 @@ if [[ ${STAGE_ENV:-0} == 1 ]]; then
     echo "job_env: environment copied to $staged on each node in $SECONDS s"
 fi
 
-# ---- the network: what the profile's kind of network needs; names and reasons: python -m common.network --explain
-network=$(python -m common.network --profile "${NETWORK_PROFILE:-default}") || exit 2
+# ---- the network: what the profile's kind of network needs; names and reasons: python slurm/network.py --explain
+network=$(python slurm/network.py --profile "${NETWORK_PROFILE:-default}") || exit 2
 eval "$network"
 
 # ---- the ranks: how many on a node, and where they meet

@@ -10,8 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import plugin_rooms
+import fork_server
 import pytest
+import summary
 from launching import SCRIPTS, Groups, run_command
 from slurm_cluster import SlurmCluster, why_not
 
@@ -19,8 +20,15 @@ os.environ["OMP_NUM_THREADS"] = "1"  # ranks share the cores; more threads than 
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the plugin that counts what ran in each room."""
-    config.pluginmanager.register(plugin_rooms.Rooms(config), "rooms")
+    """Register the plugin that says what a run will do and what it did."""
+    config.pluginmanager.register(summary.Summary(config), "summary")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one worker run all tests of a folder: ranks, the Slurm cluster and reference runs are started once for it."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(summary.folder_of(item.nodeid)))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -58,16 +66,18 @@ def launch(tmp_path):
 
 @pytest.fixture(scope="session")
 def group():
-    """`group(3)(ON_RANKS.function, *arguments)`: the results by rank; ranks stay up for the tests of one room."""
+    """`group(3)(ON_RANKS.function, *arguments)`: the results by rank; ranks stay up for the tests of one folder."""
     groups = Groups()
     yield groups
     groups.stop()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_room_at_a_time(request, group):
-    """Ranks of the room before are ended: they hold the libraries of all its lessons, a gigabyte each in the end."""
-    group.enter(plugin_rooms.room_of(request.node.nodeid))
+def one_folder_at_a_time(request, group):
+    """End the ranks of the folder before: they hold the libraries of all its lessons, a gigabyte each after a while."""
+    folder = summary.folder_of(request.node.nodeid)
+    group.enter(folder)
+    fork_server.prepare_for(folder)
 
 
 @pytest.fixture(scope="session")

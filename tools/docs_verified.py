@@ -204,7 +204,7 @@ def verified_block(root: Path, words: list[str]) -> str:
         elif block.kind == "parse":
             row = (command, f"not run: needs {block.needs}", "", "", "", "")
         else:
-            row = (command, f"run by `make test{'-all' * block.slow}`, not recorded", "", "", "", "")
+            row = (command, f"run by `make test{'' if block.in_make_test else '-all'}`, not recorded", "", "", "", "")
         rows.append("| " + " | ".join(row) + " |")
     columns = "| command | verified on | ranks × backend | versions | date, commit | seconds |"
     return "\n".join([columns, "|---|---|---|---|---|---|", *dict.fromkeys(rows)])

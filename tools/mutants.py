@@ -12,7 +12,9 @@ first. `make test` runs the quick tests: those are tried first, the slow ones of
 """
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -24,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import processes
+import psutil
 import yaml
 from tqdm import tqdm
 
@@ -32,6 +34,13 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "tests" / "mutants"
 TIMEOUT_S = 600.0  # for all tests of one bug; a bug that makes them hang is caught
 QUICK, ALL, NOTHING = "make test", "make test-all", "nothing"
+PRELOAD = [  # libraries only: the project's own modules come from each copy
+    "torch", "torch._dynamo", "torch.distributed.nn", "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.pipelining",
+    "torch.distributed.tensor.debug", "torch.distributed.elastic.multiprocessing.errors",
+    "torch.utils.flop_counter", "matplotlib.figure", "matplotlib.backends.backend_agg", "yaml", "jsonargparse",
+    "tqdm", "sklearn.datasets", "pytest", "psutil",
+]  # fmt: skip
 TEST_FAILED = 1  # pytest's exit code; 2 to 5 say that pytest could not run the tests
 
 
@@ -93,13 +102,51 @@ def copy_repository(target: Path) -> None:
 
 
 def run_tests(root: Path, tests: list[str], slow: bool) -> tuple[int | None, str]:
-    """Run tests in the copy `root` up to the first failure; returns pytest's exit code (None: too long) and output."""
+    """Run tests in the copy `root` up to the first failure; returns pytest's exit code (None: too long) and output.
+
+    pytest is forked from a process that has imported torch and pytest, but nothing of the project: a fresh start
+    would take longer than most of the tests.
+    """
     words = [word for test in tests for word in (test.split(" ", 1) if test.startswith("-k ") else [test])]
     marker = [] if slow else ["-m", "not slow"]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout=100", *marker, *words]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "GROUP_TIMEOUT_S": "40"}
-    finished = processes.run(command, TIMEOUT_S, root, environment)
-    return finished.exit_code, finished.output
+    command = ["-x", "-q", "-p", "no:cacheprovider", "--timeout=100", *marker, *words]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    output = root / "pytest-output.txt"
+    process = context.Process(target=_pytest, args=(root, command, output))
+    process.start()
+    process.join(TIMEOUT_S)
+    code = process.exitcode
+    if code is None:
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.join()
+    return code, output.read_text(errors="replace") if output.is_file() else ""
+
+
+def _pytest(root: Path, command: list[str], output: Path) -> None:
+    """Become pytest in the folder `root`; its ranks are forked from this process (tests/support/fork_server.py)."""
+    log = os.open(output, os.O_WRONLY | os.O_CREAT)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", closefd=False)
+    os.chdir(root)
+    sys.path[:] = [str(root), *(path for path in sys.path if path not in ("", str(ROOT), str(ROOT / "tools")))]
+    os.environ |= {"PYTHONPATH": str(root), "GROUP_TIMEOUT_S": "40", "RANKS_FROM_PYTEST": "1"}
+    import pytest
+
+    code = pytest.main(command)
+    sys.stdout.flush()
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    os._exit(int(code))
 
 
 def first_failure(output: str) -> str:
@@ -215,6 +262,7 @@ def main() -> int:
     parser.add_argument("--no-baseline", action="store_true", help="do not run the tests without a bug first")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="bugs tried at a time")
     options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # before the server imports torch
     known = sorted(path.stem for path in FOLDER.glob("*.yaml"))
     if unknown := sorted(set(options.lessons) - set(known)):
         parser.error(f"there is no tests/mutants/{unknown[0]}.yaml; there are: {', '.join(known)}")

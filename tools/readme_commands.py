@@ -2,8 +2,9 @@
 
 Every ```bash fence says on the line above it what becomes of it:
 
-    <!-- run: timeout=120 expect="loss [0-9.]+" -->   executed by the tests: exit code 0 (or `exit=2`),
-                                                      `expect` found in the output; `slow`: `make test-all`;
+    <!-- run: timeout=120 expect="loss [0-9.]+" -->   executed by `make test-all`: exit code 0 (or `exit=2`),
+                                                      `expect` found in the output; by `make test` too when it
+                                                      stands on the front page, without `slow` and `cluster`;
                                                       `cluster`: on the login node of a Slurm cluster
                                                       (slurm/cluster.py), and all its jobs must be COMPLETED
     <!-- parse: needs 2 nodes with 8 GPUs -->         not executed; shell, files, options, values are checked
@@ -29,6 +30,7 @@ import processes
 from docs_markdown import ROOT, DocsError, fences, markdown_files
 
 ANNOTATION = re.compile(r"^\s*<!--\s*(run|parse|shown)\b:?\s*(.*?)\s*-->\s*$")
+FRONT_PAGE = Path("README.md")
 SHELL_LANGUAGES = {"bash", "sh", "shell", "zsh", "console", "shell-session"}
 
 
@@ -50,6 +52,11 @@ class Block:
     @property
     def where(self) -> str:
         return f"{self.path}:{self.line}"
+
+    @property
+    def in_make_test(self) -> bool:
+        """Whether `make test` runs it: the front page's commands; those of the lessons run in `make test-all`."""
+        return self.kind == "run" and self.path == FRONT_PAGE and not self.slow and not self.cluster
 
     @property
     def commands(self) -> list[str]:

@@ -261,7 +261,7 @@ def check_resume_exactly(module: ModuleType, rank: int, world_size: int) -> None
     hints = {
         "step": "it decides which samples come next: without it the data starts from the beginning",
         "model": "load the weights into trainer.model, on every rank",
-        "optimizer": "AdamW remembers two averages for each weight, and how many steps it has taken",
+        "optimizer": "AdamW remembers two moments for each weight, and how many steps it has taken",
         "schedule": "the learning rate depends on the steps that the schedule has counted",
         "rng": "dropout draws from torch's generator, and every rank has its own: one file per rank",
     }

@@ -108,7 +108,7 @@ def hint_on_bytes(kind: str, stage: int, low: bool, parameters: int, ranks: int,
     if kind == "moments":
         if stage and said == 8 * parameters:
             return "stage 1 is where what belongs to the optimizer is cut up"
-        return "AdamW has two averages for each parameter, in fp32 whatever the weights are in"
+        return "AdamW has two moments for each parameter, in fp32 whatever the weights are in"
     first = 2 if kind == "gradients" else 3
     if said == (2 if low else 4) * (parameters // ranks if stage < first else parameters):
         return f"{kind} are cut up from stage {first} on, and not before"

@@ -269,9 +269,9 @@ class Residual(nn.Module):
 def measured(copies: int, reshard: bool, micro_batches: int, low: bool, world_size: int) -> tuple[Any, Collectives]:
     """The sharded model, and what a step of it has communicated."""
     model: Any = Residual()
-    mesh = init_device_mesh("cpu", (copies, world_size // copies), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh("cpu", (copies, world_size // copies), mesh_dim_names=("dp_replicate", "dp_shard"))
     policy = MixedPrecisionPolicy(torch.bfloat16 if low else None, torch.float32)
-    options: dict[str, Any] = {"mesh": mesh if copies > 1 else mesh["shard"], "mp_policy": policy}
+    options: dict[str, Any] = {"mesh": mesh if copies > 1 else mesh["dp_shard"], "mp_policy": policy}
     for block in model.blocks:
         fully_shard(block, reshard_after_forward=reshard, **options)
     fully_shard(model, reshard_after_forward=False, **options)

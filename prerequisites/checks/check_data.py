@@ -18,8 +18,9 @@ from pathlib import Path
 
 from reporting import Result, finish, ok, problem
 
-from common.data import ImageConfig, TextConfig, image_datasets, standard_library_files, text_datasets
+from common.data import TextConfig, standard_library_files, text_datasets
 from common.ranks import join
+from vision.images import ImageConfig, image_datasets
 
 SAMPLED_FILES, SAMPLED_BYTES = 256, 2**20  # files, and bytes of each, whose content is compared and whose reading timed
 
@@ -54,7 +55,11 @@ def all_files(path: str) -> tuple[Path, list[Path]]:
 
 
 def open_as_lessons_do(path: str) -> str:
-    """What the reader of `common.data` makes of it, with its fingerprint. Raises ValueError with the reader's words."""
+    """Open the data with the lessons' own reader; return what it is, with its fingerprint.
+
+    Raises:
+        ValueError: the reader's own message, where it cannot open the data.
+    """
     said, folder = io.StringIO(), Path(path)
     try:
         with contextlib.redirect_stderr(said):

@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034  # read by use_cluster.sh and job_env.sh
 # Any cluster with InfiniBand or RoCE that has no profile of its own. Copy it and fill in what your site needs.
-# Facts from: no site. What the network profile sets, and why: python -m common.network --profile infiniband --explain
+# Facts from: no site. What the network profile sets, and why: python slurm/network.py --profile infiniband --explain
 PARTITION=                           # see sinfo; empty: the site's default
 ACCOUNT=${ACCOUNT:-}                 # yours; empty: the site's default
 CONSTRAINT=                          # see sinfo -o "%P %f %G"

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import OnRanks
+from launching import SCRIPTS, OnRanks, assert_refused
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -76,28 +76,24 @@ def test_hidden_share() -> None:
     assert by_hand.hidden_share(2.0, compute=2.0, after=6.0) == 1
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """One short run of everything on two ranks, as users start it: its folder and what it printed."""
-    from launching import run_command
+FULL = [
+    ("ddp", "deep"), ("ddp", "wide"), ("naive", "deep"), ("naive", "wide"), ("fsdp", "tiny"),
+    ("ring", "4 KiB"), ("ring", "64 KiB"), ("ring", "1,024 KiB"), ("ring", "16,384 KiB"), ("hidden", "balanced"),
+]  # fmt: skip
+ROWS = {"ddp": 2, "naive": 3, "fsdp": 2, "ring": 2, "hidden": 4}  # contestants
 
-    folder = tmp_path_factory.mktemp("by_hand")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+def written(folder, *compare):
+    """Options for a short run of some comparisons, whose results land in a folder."""
     options = ["--turns=3", "--steps=2", "--network=a wire", f"--json={folder}/a.json", f"--plot={folder}/a.png"]
-    done = run_command([*torchrun, "benchmarks/by_hand.py", *options], timeout=200, DEVICE="cpu")
-    return folder, done.stdout
+    return [*options, "--compare", *compare]
 
 
-def test_the_result(measured) -> None:
-    folder, printed = measured
+def check_result(folder, printed, compare) -> None:
     result = json.loads((folder / "a.json").read_text())
     assert result["world_size"] == 2 and result["hosts"] == 1 and result["network"] == "a wire"
     found = [(one["comparison"], one["case"].split(":")[0]) for one in result["comparisons"]]
-    sizes = ["4 KiB", "64 KiB", "1,024 KiB", "16,384 KiB"]
-    assert found == [
-        ("ddp", "deep"), ("ddp", "wide"), ("naive", "deep"), ("naive", "wide"), ("fsdp", "tiny"),
-        *(("ring", size) for size in sizes), ("hidden", "balanced"),
-    ]  # fmt: skip
+    assert found == [row for row in FULL if row[0] in compare]
     for one in result["comparisons"]:
         assert one["same_result"] is True and one["turns"] == 3 and one["steps_per_turn"] == 2
         assert one["rows"][0]["ratio"] == {"median": 1.0, "lower_quartile": 1.0, "upper_quartile": 1.0}
@@ -106,38 +102,44 @@ def test_the_result(measured) -> None:
                 assert 0 < row[key]["lower_quartile"] <= row[key]["median"] <= row[key]["upper_quartile"]
             assert (row["collectives_per_step"] is None) == (one["comparison"] == "ring")
             assert "hidden" not in row or row["contestant"] in ("bucketed by hand", "torch DDP")
-    assert [one["bytes"] for one in result["comparisons"] if one["comparison"] == "ring"] == by_hand.SIZES
+    if "ring" in compare:
+        assert [one["bytes"] for one in result["comparisons"] if one["comparison"] == "ring"] == by_hand.SIZES
     assert printed.strip().endswith(by_hand.table(result))  # rank 0 alone prints, and prints what it keeps
     rows = [line for line in printed.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in rows}) == 1 and len(rows) == 2 + 2 * 2 + 2 * 3 + 2 + 4 * 2 + 4
+    assert len({line.count("|") for line in rows}) == 1 and len(rows) == 2 + sum(ROWS[name] for name, _ in found)
     assert str(folder) not in json.dumps(result) and str(ROOT) not in json.dumps(result)
     assert (folder / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_results_are_drawn_together(launch, measured) -> None:
-    folder, _ = measured
-    both = folder / "both.png"
-    launch("benchmarks/by_hand.py", folder / "a.json", folder / "a.json", "--plot", both, nproc=0)
-    assert both.read_bytes().startswith(b"\x89PNG") and both.read_bytes() != (folder / "a.png").read_bytes()
+def test_the_result(group, tmp_path) -> None:
+    compare = ["ddp", "ring"]
+    printed = group(2)(SCRIPTS.printed, "benchmarks/by_hand.py", written(tmp_path, *compare))
+    check_result(tmp_path, printed[0], compare)
+    assert printed[1] == ""
+    both, one = tmp_path / "both.png", str(tmp_path / "a.json")
+    group(1)(SCRIPTS.train, "benchmarks/by_hand.py", [one, one, "--plot", str(both)])  # results drawn together
+    assert both.read_bytes().startswith(b"\x89PNG") and both.read_bytes() != (tmp_path / "a.png").read_bytes()
 
 
-@pytest.mark.parametrize(("options", "nproc", "message"), [
+@pytest.mark.slow
+def test_all_comparisons_under_torchrun(launch, tmp_path) -> None:
+    printed = launch("benchmarks/by_hand.py", *written(tmp_path, *ROWS), timeout=200).stdout
+    check_result(tmp_path, printed, list(ROWS))
+
+
+@pytest.mark.parametrize(("options", "ranks", "message"), [
     (["--compare", "dpp"], 2, "invalid choice: 'dpp'"),
     (["--turns", "0"], 2, "--turns 0 and --steps None must both be at least 1"),
     (["--turns", "many"], 2, "invalid int value: 'many'"),
     (["--network"], 2, "expected one argument"),
     (["--json", "/nowhere/a.json"], 2, "No such file or directory"),
-    ([], 0, "one process has nobody to send to; start several with torchrun"),
-    (["README.md"], 0, "results are drawn, and there is no --plot"),
-    (["README.md", "--plot", "a.png"], 0, "expected a file that --json wrote"),
-    (["missing.json", "--plot", "a.png"], 0, "missing.json"),
+    ([], 1, "one process has nobody to send to; start several with torchrun"),
+    (["README.md"], 1, "results are drawn, and there is no --plot"),
+    (["README.md", "--plot", "a.png"], 1, "expected a file that --json wrote"),
+    (["missing.json", "--plot", "a.png"], 1, "missing.json"),
 ])  # fmt: skip
-def test_mistakes_end_in_one_line(launch, options, nproc, message) -> None:
-    done = launch("benchmarks/by_hand.py", *options, nproc=nproc, check=False)
-    lines = [line for line in done.stderr.splitlines() if "error: " in line and "torch" not in line.split("error: ")[0]]
-    assert done.returncode == (1 if nproc else 2)  # torchrun makes a 1 of a 2
-    assert lines and all(message in line for line in lines), done.stderr
-    assert 'by_hand.py", line' not in done.stderr  # no traceback of ours
+def test_mistakes_end_in_one_line(group, options, ranks, message) -> None:
+    assert_refused(group(ranks)(SCRIPTS.ends, "benchmarks/by_hand.py", options), message)
 
 
 def test_the_readme_shows_the_kept_results() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import SCRIPTS, OnRanks, assert_refused
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -17,6 +18,7 @@ import loop_overhead  # noqa: E402  (needs the path above)
 from common.ranks import single_process  # noqa: E402
 
 STEPS = 4
+CHEATS = OnRanks("tests/benchmarks/loops_on_ranks.py")
 
 
 @pytest.fixture
@@ -79,13 +81,9 @@ def test_our_loop_is_that_of_the_lesson() -> None:
     assert "backward()" in lesson and "run.log(" in lesson
 
 
-@pytest.mark.parametrize(("nproc", "strategy"), [(0, "no DDP"), (2, "DDP")])
-def test_from_the_command_line(launch, tmp_path, nproc, strategy) -> None:
-    file = tmp_path / "result.json"
-    options = ["--sizes", "mini", "--pairs", "3", "--steps", "2", f"--output={file}"]
-    finished = launch("benchmarks/loop_overhead.py", *options, nproc=nproc)
+def check_result(file, printed, strategy, processes) -> None:
     result = json.loads(file.read_text())
-    assert result["strategy"] == strategy and result["world_size"] == max(1, nproc)
+    assert result["strategy"] == strategy and result["world_size"] == processes
     (row,) = result["rows"]
     assert row["same_parameters"] is True and row["pairs"] == 3 and row["tokens_per_rank_and_step"] == 4 * 64
     for times in ("ours_step_seconds", "bare_step_seconds"):
@@ -93,11 +91,34 @@ def test_from_the_command_line(launch, tmp_path, nproc, strategy) -> None:
     parts = row["parts_seconds_per_step"]
     assert all(seconds > 0 for seconds in parts.values())
     assert any("Run.log" in name for name in parts) and any("Loader" in name for name in parts)
-    assert any("replica check" in name for name in parts) == (nproc == 2)
-    assert finished.stdout.count("our step against a bare loop") == 1  # rank 0 alone prints
-    assert "both loops ended with the same parameters" in finished.stdout
-    assert "grad norm" not in finished.stdout  # our loop's own lines went to the stand-in terminal
-    assert str(tmp_path) not in json.dumps(result)
+    assert any("replica check" in name for name in parts) == (processes == 2)
+    assert printed.count("our step against a bare loop") == 1  # rank 0 alone prints
+    assert "both loops ended with the same parameters" in printed
+    assert "grad norm" not in printed  # our loop's own lines went to the stand-in terminal
+    assert str(file.parent) not in json.dumps(result)
+
+
+OPTIONS = ["--sizes", "mini", "--pairs", "3", "--steps", "2"]
+
+
+def test_two_ranks(group, tmp_path) -> None:
+    file = tmp_path / "result.json"
+    printed = group(2)(SCRIPTS.printed, "benchmarks/loop_overhead.py", [*OPTIONS, f"--output={file}"])
+    check_result(file, "".join(printed), "DDP", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("nproc", "strategy"), [(0, "no DDP"), (2, "DDP")])
+def test_from_the_command_line(launch, tmp_path, nproc, strategy) -> None:
+    file = tmp_path / "result.json"
+    printed = launch("benchmarks/loop_overhead.py", *OPTIONS, f"--output={file}", nproc=nproc).stdout
+    check_result(file, printed, strategy, max(1, nproc))
+
+
+@pytest.mark.parametrize("cheat", ["ours", "bare"])
+def test_one_bit_on_one_rank_ends_the_comparison_on_all(group, cheat) -> None:
+    """The verdict of rank 1 is heard: no table is printed of loops that did not do the same training."""
+    assert_refused(group(2)(CHEATS.compare, cheat), "comparing them is worth nothing")
 
 
 def test_quartiles() -> None:

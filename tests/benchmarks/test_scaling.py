@@ -42,6 +42,9 @@ if "--wants-torchrun" in sys.argv and "RANK" not in os.environ:
     sys.exit("error: no RANK in the environment; start me with torchrun")
 if os.environ.get("RANK", "0") != "0":
     sys.exit()
+if "--fails" in sys.argv:
+    print("\\n".join(f"line {n}" for n in range(20)) + "\\n[rank 0] error: the batch does not divide\\nafter it")
+    sys.exit(3)
 world = int(os.environ.get("WORLD_SIZE", os.environ.get("FAKE_WORLD", 1)))
 batch = 6 if "--ignore-batch" in sys.argv else batch
 folder = os.path.join(given["runs_dir"], given["run_name"])
@@ -215,6 +218,7 @@ def results(folder: Path) -> tuple[dict, str]:
     return json.loads((folder / "scaling.json").read_text()), (folder / "scaling.md").read_text()
 
 
+@pytest.mark.slow
 def test_strong_scaling_of_a_lesson(launch, tmp_path) -> None:
     """ddp/train.py on 1 and 2 ranks, both on one core: every number again from the run folders."""
     steps, warmup = 5, 2
@@ -274,6 +278,7 @@ def test_strong_scaling_of_a_lesson(launch, tmp_path) -> None:
     assert (folder / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_weak_scaling_by_model_size(launch, tmp_path) -> None:
     """fsdp/train.py on 1 and 2 ranks, the second model wider: parameters, FLOPs and efficiency again from the runs."""
     models = {1: dict(width=32, layers=1, ffn_width=48), 2: dict(width=48, layers=1, ffn_width=64)}
@@ -371,12 +376,45 @@ def test_a_script_that_refuses_plain_python_gets_torchrun(scale) -> None:
     assert result["rows"][0]["ranks"] == 1
 
 
+def test_strong_scaling_keeps_the_batch(scale, capsys) -> None:
+    """Half the time would be ideal on two ranks; the machine has cores for one, and the page says so."""
+    output = scale("--ranks", "2", "1", "--repeats=1", "--launch", TEMPLATE, script_arguments=[])
+    result, page = results(output)
+    one, two = result["rows"]
+    assert [row["ranks"] for row in (one, two)] == [1, 2]
+    assert [row["units_per_step"] for row in (one, two)] == [60, 60]
+    assert two["speed_up"]["median"] == pytest.approx(0.1 / 0.125, rel=1e-12)
+    assert two["efficiency"]["median"] == pytest.approx(0.1 / (2 * 0.125), rel=1e-12)
+    assert one["peak_memory_bytes"] == [7] and not (output / "runs" / "strong-1-ranks-round-1" / "checkpoints").exists()
+    assert page.strip() in capsys.readouterr().out
+    assert str(output.parent) not in json.dumps(result) and str(ROOT) not in json.dumps(result)
+    assert not re.search(rf"\b{re.escape(socket.gethostname())}\b", json.dumps(result))
+    assert (output / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_number_of_ranks_is_refused(scale, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        scale("--ranks=2", "--repeats=1", "--launch", f"env FAKE_WORLD=1 {sys.executable}", script_arguments=[])
+    assert ended.value.code == 2
+    assert "asked for 2 ranks, but the run says 1; check --launch" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_failed_run_is_shown_with_its_cause(scale, tmp_path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        scale("--ranks=2", "--repeats=1", "--launch", TEMPLATE, script_arguments=["--fails"])
+    first, *rest = ended.value.code.splitlines()
+    assert "stand_in.py failed (on 2 ranks, round 1, exit code 3): [rank 0] error: the batch does not divide" in first
+    assert len([line for line in rest if line.startswith("  | ")]) == 15 and rest[-1] == "  | after it"
+    assert not (tmp_path / "result" / "scaling.json").exists()
+
+
 def test_the_template_starts_ranks_on_nodes() -> None:
     template = "srun --nodes={nodes} --ntasks={ranks} python"
     command = scaling.launch_command("x.py", 17, template, 8, plain=False)
     assert command == ["srun", "--nodes=3", "--ntasks=17", "python", "x.py"]
 
 
+@pytest.mark.slow
 def test_a_failing_run_is_one_clear_line_and_the_end_of_its_output(launch, tmp_path) -> None:
     output = tmp_path / "result"
     finished = launch(

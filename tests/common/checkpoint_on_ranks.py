@@ -1,16 +1,14 @@
 """What the ranks of a `group` run for test_checkpoint.py."""
 
-import contextlib
 import hashlib
-import io
 import os
 from pathlib import Path
 
 import torch
-from ranks_on_ranks import here
+from ranks_on_ranks import ended, here
 from torch.nn.parallel import DistributedDataParallel
 
-from common import checkpoint
+from common import checkpoint, manifest
 
 
 def build(width=8, bias=True, optimizer="AdamW", wrap="plain", seed=0):
@@ -42,8 +40,8 @@ def train_and_save(folder, wrap="plain"):
 
 def load_into_fresh(folder, wrap="plain"):
     model, wrapped, optimizer = build(wrap=wrap, seed=1)
-    manifest = checkpoint.load(Path(folder), wrapped, optimizer, here())
-    assert manifest["step"] == 3
+    content = checkpoint.load(Path(folder), wrapped, optimizer, here())
+    assert content["step"] == 3
     return digest(model, optimizer)
 
 
@@ -56,19 +54,8 @@ def save_many(folder, steps, keep):
 
 def latest_step(folder):
     ranks = here()
-    found = checkpoint.latest(Path(folder)) if ranks.is_main else None
+    found = manifest.latest(Path(folder)) if ranks.is_main else None
     return ranks.broadcast(found).name
-
-
-def ended(function, *args):
-    """The exit code and the words with which a call ends."""
-    stderr = io.StringIO()
-    with contextlib.redirect_stderr(stderr):
-        try:
-            function(*args)
-        except SystemExit as error:
-            return error.code, stderr.getvalue()
-    return 0, stderr.getvalue()
 
 
 def load_fails(folder, options):
@@ -92,7 +79,7 @@ def leftover(folder):
 
     def claim():
         ranks.barrier()
-        return checkpoint.claim(Path(folder)) if ranks.is_main else None
+        return manifest.claim(Path(folder)) if ranks.is_main else None
 
     first = claim()
     saves = [save(1, first)]
@@ -104,11 +91,11 @@ def leftover(folder):
 def wakes_before_the_commit(folder, committed_meanwhile):
     """One process: an attempt stops right before its commit; another takes over, commits or not; the first wakes."""
     model, _, optimizer = build()
-    first, other, link = checkpoint.claim(Path(folder)), [], os.link
+    first, other, link = manifest.claim(Path(folder)), [], os.link
 
     def late(*args):
         os.link = link  # once
-        other.append(checkpoint.claim(Path(folder)))
+        other.append(manifest.claim(Path(folder)))
         if committed_meanwhile:
             checkpoint.save(Path(folder), 1, model, optimizer, here(), {"by": "second"}, 2, other[0])
         return link(*args)
@@ -118,7 +105,30 @@ def wakes_before_the_commit(folder, committed_meanwhile):
         end = ended(checkpoint.save, Path(folder), 1, model, optimizer, here(), {"by": "first"}, 2, first)
     finally:
         os.link = link
-    found = checkpoint.load(checkpoint.latest(Path(folder)), model, optimizer, here())["extra"]["by"]
+    found = checkpoint.load(manifest.latest(Path(folder)), model, optimizer, here())["extra"]["by"]
     checkpoint.save(Path(folder), 1, model, optimizer, here(), {"by": "second"}, 2, other[0])
-    then = checkpoint.load(checkpoint.latest(Path(folder)), model, optimizer, here())["extra"]["by"]
+    then = checkpoint.load(manifest.latest(Path(folder)), model, optimizer, here())["extra"]["by"]
     return end, found, then, len(list((Path(folder) / "step_1").glob("shards-*")))
+
+
+def synced(folder):
+    """What this rank syncs to the disk while it saves, and when the manifest appears, in order."""
+    model, _, optimizer = build()
+    events, fsync, link = [], os.fsync, os.link
+
+    def noting(descriptor):
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        kinds = ("shards-", "manifest", ".metadata")
+        events.append(next((kind for kind in kinds if name.startswith(kind)), name))
+        fsync(descriptor)
+
+    def committing(*args):
+        events.append("commit")
+        link(*args)
+
+    os.fsync, os.link = noting, committing
+    try:
+        checkpoint.save(Path(folder), 1, model, optimizer, here())
+    finally:
+        os.fsync, os.link = fsync, link
+    return events

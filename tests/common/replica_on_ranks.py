@@ -2,7 +2,7 @@
 
 import torch
 import torch.distributed as dist
-from checkpoint_on_ranks import ended
+from ranks_on_ranks import ended
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 

@@ -1,12 +1,13 @@
 """What the ranks of a `group` run for test_run.py."""
 
 import os
+import signal
 
 import torch
 import torch.distributed as dist
-from checkpoint_on_ranks import ended
-from ranks_on_ranks import here
+from ranks_on_ranks import ended, environment, here
 
+import common.run
 from common.config import Config, parse
 from common.run import Run
 
@@ -47,7 +48,7 @@ def count_collectives(folder):
             count[0] = 0
             log(run, step)
             calls.append(count[0])
-            rows_seen.append(len(run.rows))
+            rows_seen.append(len(run._metrics.rows) if run.ranks.is_main else 0)
     finally:
         dist.all_reduce = kept
     run.finish()
@@ -59,7 +60,7 @@ def steps_until_stopped(folder, who, at):
     done = 0
     for step in run.steps():
         if step == at and run.ranks.rank == who:
-            run._stop_requested.set()
+            run.stop_request.request()
         log(run, step)
         done += 1
     run.finish()
@@ -101,7 +102,7 @@ def begin_or_go_on(folder, arguments, environment=None, fingerprint="fingerprint
         run.restore(model, optimizer)
         for step in run.steps():
             log(run, step)
-            run.save_if_due(step, model, optimizer)
+            run.end_step(step, model, optimizer)
         run.finish()
         answer.extend([run.first_step, run.folder.name])
 
@@ -111,3 +112,87 @@ def begin_or_go_on(folder, arguments, environment=None, fingerprint="fingerprint
     finally:
         os.environ.clear()
         os.environ.update(kept)
+
+
+def steps_until_told(folder, how, who):
+    """Rank `who` gets a signal of this name in step 2, or a file named `stop` appears: how many steps are done."""
+    number = getattr(signal, how, signal.SIGTERM)
+    before = signal.getsignal(number)  # of a run before this one, where that ended early
+    run = start(folder, steps=50)
+    if how == "stop" and run.ranks.is_main:
+        (run.folder / "stop").touch()
+    done = 0
+    for step in run.steps():
+        if how != "stop" and step == 2 and run.ranks.rank == who:
+            os.kill(os.getpid(), number)
+        log(run, step)
+        done += 1
+    run.finish()
+    return done, signal.getsignal(number) == before
+
+
+def what_is_drawn(folder, steps):
+    """A random number in each step, as dropout would draw it; the loop's own draws in between move no other."""
+    config = parse(Config, ["--runs_dir", folder, "--run_name", "run", "--train.steps", str(steps)])
+    run, drawn = Run(config, here(), "test", units_per_step=10), {}
+    torch.manual_seed(0)  # the same weights on all ranks
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run.restore(model, optimizer)
+    for step in run.steps():
+        drawn[step] = float(torch.rand(()))
+        torch.rand(step + 1 + run.ranks.rank)
+        log(run, step)
+        run.end_step(step, model, optimizer)
+    run.finish()
+    return drawn
+
+
+def state_after(folder, steps, name, resume="auto"):
+    """Train with AdamW and a scaler to `steps` of 4 steps: everything that the next step depends on."""
+    config = parse(Config, ["--runs_dir", folder, "--run_name", name, "--train.steps", "4", "--resume", resume])
+    run = Run(config, here(), "test", units_per_step=10)
+    torch.manual_seed(5)
+    model, scaler = torch.nn.Linear(2, 2), torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    if resume != "auto":
+        with torch.no_grad():
+            model.weight.zero_()  # what is not loaded is not there
+    run.restore(model, optimizer, scaler)
+    for step in run.steps():
+        run._stopping = step + 1 == steps
+        scaler.scale(model(torch.full((1, 2), step + 1.0)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        log(run, step)
+        run._stopping = step + 1 == steps
+        run.end_step(step, model, optimizer, scaler)
+    run.finish()
+    state = {f"{name}.{key}": value.tolist() for name, p in model.named_parameters()
+             for key, value in {"weight": p.detach(), **optimizer.state[p]}.items()}  # fmt: skip
+    return run.first_step, run.steps_done, scaler.state_dict(), state
+
+
+def when_replicas_are_checked(folder, every):
+    """The steps after which the replicas are compared, of 5 steps."""
+    kept, checked = common.run.check_replicas, []
+    common.run.check_replicas = lambda model, step, group: checked.append(step + 1)
+    try:
+        arguments = ["--runs_dir", folder, "--train.steps", "5", "--train.check_replicas_every", str(every)]
+        run = Run(parse(Config, arguments), here(), "test", units_per_step=10)
+        model = torch.nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        run.restore(model, optimizer)
+        for step in run.steps():
+            log(run, step)
+            run.end_step(step, model, optimizer)
+        run.finish()
+    finally:
+        common.run.check_replicas = kept
+    return checked
+
+
+def steps_with_stop_file(folder, path):
+    with environment({"STOP_FILE": path}):
+        return steps_until_stopped(folder, None, None)

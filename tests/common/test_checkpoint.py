@@ -15,8 +15,13 @@ def test_round_trip_at_any_world_size(group, tmp_path, saved_at, loaded_at):
     assert all(state == before[0] for state in before + after)  # hashes of weights and optimizer state
 
 
-@pytest.mark.parametrize("saved", ["plain", "ddp", "compiled"])
-@pytest.mark.parametrize("loaded", ["plain", "ddp", "compiled"])
+@pytest.mark.parametrize(("saved", "loaded"), [
+    ("plain", "ddp"), ("ddp", "compiled"), ("compiled", "plain"),
+    *(pytest.param(saved, loaded, marks=pytest.mark.slow) for saved, loaded in (
+        ("plain", "plain"), ("plain", "compiled"), ("ddp", "plain"), ("ddp", "ddp"), ("compiled", "ddp"),
+        ("compiled", "compiled"),
+    )),
+])  # fmt: skip
 def test_names_are_those_of_the_bare_model(group, tmp_path, saved, loaded):
     before = group(2)(ON_RANKS.train_and_save, str(tmp_path), saved)
     names = json.loads((tmp_path / "step_3" / "manifest.json").read_text())["parameters"]
@@ -44,12 +49,16 @@ def damage_truncate(folder):
     return ["truncated or changed", shard.name]
 
 
-def damage_flip(folder):
-    shard = sorted(folder.glob("shards-*/__1_*.distcp"))[0]
+def damage_flip(folder, rank=1):
+    shard = sorted(folder.glob(f"shards-*/__{rank}_*.distcp"))[0]
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     return ["checksum", shard.name]
+
+
+def damage_flip_other(folder):
+    return damage_flip(folder, rank=0)  # the files are divided among the ranks that check them
 
 
 def damage_delete(folder):
@@ -79,7 +88,8 @@ def damage_no_manifest(folder):
 
 
 @pytest.mark.parametrize("damage", [
-    damage_truncate, damage_flip, damage_delete, damage_metadata, damage_manifest, damage_foreign, damage_no_manifest,
+    damage_truncate, damage_flip, damage_flip_other, damage_delete, damage_metadata, damage_manifest, damage_foreign,
+    damage_no_manifest,
 ])  # fmt: skip
 def test_damaged(group, tmp_path, damage):
     group(2)(ON_RANKS.train_and_save, str(tmp_path))
@@ -137,3 +147,20 @@ def test_a_leftover_that_wakes_in_its_commit(group, tmp_path, committed_meanwhil
     assert "another attempt has taken over" in end[1]
     assert (found, then) == ("second" if committed_meanwhile else "first", "second")
     assert shards == 1
+
+
+def test_the_latest_is_that_of_the_highest_number(group, tmp_path):
+    """Of 9, 10 and 100, which text puts in another order."""
+    folders = group(2)(ON_RANKS.save_many, str(tmp_path), [9, 10, 100], 2)
+    assert folders[0] == ["step_10", "step_100"]
+    assert group(2)(ON_RANKS.latest_step, str(tmp_path)) == ["step_100"] * 2
+
+
+def test_files_are_on_disk_before_the_manifest(group, tmp_path):
+    """A power cut after the commit must find all that the manifest names: shards, their folder, then the manifest."""
+    for rank, events in enumerate(group(2)(ON_RANKS.synced, str(tmp_path))):
+        shard, folder = f"__{rank}_0.distcp", "shards-"
+        assert events.index(shard) < events.index(folder)
+        if rank == 0:
+            assert events.index(".metadata") < events.index(folder) < events.index("manifest") < events.index("commit")
+            assert events[-1] == "step_1"  # the folder that holds the manifest

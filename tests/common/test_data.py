@@ -14,8 +14,9 @@ import torch
 import torchvision
 from PIL import Image
 
-from common import data
-from common.data import ImageConfig, TextConfig, image_datasets, standard_library_files, text_datasets
+from common.data import TextConfig, standard_library_files, text_datasets
+from tools import tokenize_text
+from vision.images import ImageConfig, image_datasets
 
 # ------------------------------------------------------------------------------------------------------------ helpers
 
@@ -116,16 +117,16 @@ def test_text_settings_that_cannot_work(settings, says):
 
 
 def tokenize(monkeypatch, *arguments):
-    """What `python -m common.data tokenize …` does, in this process and without its progress bar."""
-    monkeypatch.setattr("tqdm.tqdm", lambda items, **_: items)
-    monkeypatch.setattr(sys, "argv", ["data.py", "tokenize", *map(str, arguments)])
-    data.main()
+    """What `python tools/tokenize_text.py …` does, in this process and without its progress bar."""
+    monkeypatch.setattr(tokenize_text, "tqdm", lambda items, **_: items)
+    monkeypatch.setattr(sys, "argv", ["tokenize_text.py", *map(str, arguments)])
+    tokenize_text.main()
 
 
 def test_the_command_makes_a_token_folder_of_bytes(tmp_path):
     words = "naïve café, 3 €\n" * 100
     (tmp_path / "book.txt").write_text(words, encoding="utf-8")
-    command = [sys.executable, "-m", "common.data", "tokenize", "--input", tmp_path / "book.txt"]
+    command = [sys.executable, "tools/tokenize_text.py", "--input", tmp_path / "book.txt"]
     command = [*map(str, command), "--output", str(tmp_path / "tokens")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     count = len(words.encode())
@@ -189,7 +190,7 @@ def test_what_cannot_be_tokenized(refused, monkeypatch, tmp_path):
 @pytest.fixture
 def token_folder(tmp_path):
     folder = tmp_path / "tokens"
-    data.write_token_folder(["x" * 1000], lambda text: list(text.encode()), 256, folder, "bytes")
+    tokenize_text.write_token_folder(["x" * 1000], lambda text: list(text.encode()), 256, folder, "bytes")
     text(folder, "tokens")  # sound so far
     return folder
 
@@ -207,7 +208,7 @@ def edit_meta(**changes):
     [
         (
             lambda folder: (folder / "validation.bin").unlink(),
-            ": no validation.bin there.*python -m common.data tokenize",
+            ": no validation.bin there.*python tools/tokenize_text.py",
         ),
         (lambda folder: (folder / "meta.json").unlink(), ": no meta.json there"),
         (lambda folder: (folder / "train.bin").write_bytes(b"x" * 899), "train.bin has 899 bytes, meta.json says 900"),

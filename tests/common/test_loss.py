@@ -145,7 +145,7 @@ def test_bf16_weights_give_an_fp32_loss():
     assert (loss.dtype, hidden_gradient.dtype, weight_gradient.dtype) == (torch.float32, *[torch.bfloat16] * 2)
 
 
-@pytest.mark.parametrize("chunk_size", [5, 1000])
+@pytest.mark.parametrize("chunk_size", [5, pytest.param(1000, marks=pytest.mark.slow)])
 def test_compiled_loss_is_the_same(chunk_size):
     hidden, weight, targets = make_inputs()
     compiled = torch.compile(chunked_cross_entropy, backend="aot_eager", fullgraph=True)

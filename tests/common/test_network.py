@@ -8,22 +8,25 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from launching import Group, OnRanks
 
 from common import network
+from slurm.network import LEFT_ALONE, PREFIXES
 
+ON_RANKS = OnRanks("tests/common/network_on_ranks.py")
 ROOT = Path(__file__).resolve().parents[2]
 DIAGNOSTICS = {"TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT", "NCCL_DEBUG"}
 REAL = network.interfaces()[0]
 
 
 def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(network.PREFIXES)}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(PREFIXES)}
     line = [sys.executable, *arguments]
     return subprocess.run(line, cwd=ROOT, env=clean | variables, capture_output=True, text=True, timeout=120)
 
 
 def command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return python("-m", "common.network", *arguments, **variables)
+    return python("slurm/network.py", *arguments, **variables)
 
 
 def test_default_sets_diagnostics_and_no_tuning():
@@ -39,7 +42,7 @@ def test_every_profile_works_here_has_reasons_and_contradicts_nothing(profile):
     assert network.apply(profile, {}) == {v.name: v.value for v in rows}
     assert set(network.DIAGNOSTICS) <= set(rows)
     assert all(v.value and v.what and v.why for v in rows)
-    assert not {v.name for v in rows} & {v.name for v in network.LEFT_ALONE}
+    assert not {v.name for v in rows} & {v.name for v in LEFT_ALONE}
 
 
 def test_gcp_and_ethernet_stay_within_nccls_64_sockets():
@@ -113,23 +116,15 @@ def test_gloo_itself_agrees_about_interfaces():
 
 
 def test_a_group_made_after_apply_sees_the_variables():
-    """The flight recorder keeps 5 of 20 collectives when the profile says 5: apply() is not too late."""
-    program = """
-import dataclasses, os, pickle, torch, torch.distributed as dist
-from common import network
-five = dataclasses.replace(network.DIAGNOSTICS[0], value="5")
-network.PROFILES["default"] = (five, *network.DIAGNOSTICS[1:])
-network.apply()
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-for _ in range(20):
-    dist.all_reduce(torch.ones(1))
-entries = pickle.loads(torch._C._distributed_c10d._dump_fr_trace())["entries"]
-dist.barrier()
-dist.destroy_process_group()
-print(len(entries))
-"""
-    run = python("-c", program)
-    assert run.stdout.strip() == "5", run.stderr
+    """The flight recorder keeps 5 of 20 collectives when the profile says 5: apply() is not too late.
+
+    On a rank of its own: torch makes its recorder once in a process.
+    """
+    one = Group(1)
+    try:
+        assert one(ON_RANKS.remembered_collectives, "5", 20) == [5]
+    finally:
+        one.stop()
 
 
 def test_export_lines_can_be_evaluated_by_a_shell():
@@ -148,7 +143,7 @@ def test_explain_names_every_variable_who_set_it_and_why():
     )  # fmt: skip
     assert run.returncode == 0
     cells = {line.split()[0]: re.split(r"\s{2,}", line) for line in run.stdout.splitlines() if line[0] != " "}
-    assert {v.name for v in (*network.rows("gcp"), *network.LEFT_ALONE)} <= set(cells)
+    assert {v.name for v in (*network.rows("gcp"), *LEFT_ALONE)} <= set(cells)
     assert cells["NCCL_IB_DISABLE"][1:3] == ["1", "gcp"]
     assert cells["NCCL_DEBUG"][1:3] == ["INFO", "you (gcp: WARN)"]
     assert cells["NCCL_NET_GDR_LEVEL"][1:3] == ["2", "you"]

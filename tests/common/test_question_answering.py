@@ -5,23 +5,19 @@ import json
 import pytest
 import torch
 
-from common.question_answering import (
+from common.data import standard_library_files
+from finetuning import squad
+from finetuning.scores import exact_match, f1, most_frequent_answer, score
+from finetuning.squad import (
     Question,
-    QuestionDataset,
     QuestionsConfig,
-    exact_match,
-    f1,
-    left_padded,
-    load_tokenizer,
-    most_frequent_answer,
-    normalise,
-    prompt_of,
+    normalize,
     question_sets,
     questions_of,
     read_questions,
-    score,
     standard_library_questions,
 )
+from finetuning.tokens import QuestionDataset, left_padded, load_tokenizer, prompt_of
 
 CONTEXT = "The river Oder, 854 km long, flows north."
 QUESTION = Question("1", CONTEXT, "Which river?", ("Oder", "the river Oder"), CONTEXT.index("Oder"))
@@ -79,13 +75,18 @@ def test_a_file_that_is_not_json(tmp_path, capsys):
         assert words in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def embedded(tmp_path_factory):
-    """The two embedded sets as files."""
-    folder = tmp_path_factory.mktemp("embedded")
-    for name, part in zip(("train.json", "validation.json"), standard_library_questions(), strict=True):
+@pytest.fixture(scope="module", params=["a part", pytest.param("all", marks=pytest.mark.slow)])
+def embedded(request, tmp_path_factory):
+    """The two embedded sets as files; those of a part of the standard library are made in a second."""
+    folder, files = tmp_path_factory.mktemp("embedded"), standard_library_files()
+    if request.param == "a part":
+        files = [path for number, path in enumerate(files) if number % 8 == 0 or path.name == "textwrap.py"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(squad, "standard_library_files", lambda: files)
+        parts = standard_library_questions()
+    for name, part in zip(("train.json", "validation.json"), parts, strict=True):
         (folder / name).write_text(json.dumps(part))
-    return folder
+    return folder, {"a part": 40, "all": 300}[request.param]
 
 
 def test_the_standard_library_asks_about_itself(embedded):
@@ -93,8 +94,9 @@ def test_the_standard_library_asks_about_itself(embedded):
     import inspect
     import textwrap
 
-    sets = [read_questions(str(embedded / name)) for name in ("train.json", "validation.json")]
-    assert len(sets[0]) > 3 * len(sets[1]) > 500
+    folder, least = embedded
+    sets = [read_questions(str(folder / name)) for name in ("train.json", "validation.json")]
+    assert len(sets[0]) > 3 * len(sets[1]) > 3 * least
     assert not {q.context for q in sets[0]} & {q.context for q in sets[1]}
     for part in sets:
         assert 0.1 < sum(not q.answers for q in part) / len(part) < 0.5
@@ -104,12 +106,14 @@ def test_the_standard_library_asks_about_itself(embedded):
 
 
 def test_validation_samples(embedded):
-    paths = str(embedded / "train.json"), str(embedded / "validation.json")
+    folder, least = embedded
+    paths = str(folder / "train.json"), str(folder / "validation.json")
     few = question_sets(QuestionsConfig(*paths, validation_samples=7))[1]
     everything = question_sets(QuestionsConfig(*paths, validation_samples=0))[1]
     assert len(few) == 7
     assert len({q.id for q in few} & {q.id for q in everything}) == 7
-    assert len(everything) > 300
+    assert len(everything) > least
+    assert [q.id for q in few] == [everything[i * len(everything) // 7].id for i in range(7)]  # evenly spread
 
 
 # ---------------------------------------------------------------------------------------------------------- tokens
@@ -128,7 +132,7 @@ def test_bytes(tokenizer):
 
 
 def test_only_the_answer_counts(tokenizer):
-    dataset = QuestionDataset([QUESTION, NOTHING], tokenizer, 96, keep_answer=True)
+    dataset = QuestionDataset([QUESTION, NOTHING], tokenizer, 96, training=True)
     for (tokens, targets), question, answer in zip(dataset, (QUESTION, NOTHING), (" Oder", ""), strict=False):
         prompt = f"{CONTEXT}\nQuestion: {question.question}\nAnswer:"
         counted = targets != -100
@@ -152,11 +156,11 @@ def test_a_long_context_is_shortened_around_its_answer(tokenizer):
         kept = min(114, length - fixed)  # one target more than tokens, the end
         if kept < 6:
             with pytest.raises(SystemExit):
-                QuestionDataset([question], tokenizer, length, keep_answer=True)
+                QuestionDataset([question], tokenizer, length, training=True)
             dataset = QuestionDataset([question, NOTHING], tokenizer, length, True) if length > 35 else None
             assert dataset is None or dataset.refused == 1
             continue
-        dataset = QuestionDataset([question], tokenizer, length, keep_answer=True)
+        dataset = QuestionDataset([question], tokenizer, length, training=True)
         tokens, targets = dataset[0]
         assert (dataset.refused, dataset.shortened) == (0, int(kept < 114))
         prompt = text_of(tokenizer, tokens).split("\nQuestion:")[0]
@@ -169,11 +173,11 @@ def test_a_long_context_is_shortened_around_its_answer(tokenizer):
 def test_nobody_looks_at_the_answer_in_evaluation(tokenizer):
     for start in (10, 30):
         question = Question("1", CONTEXT, "Which?", (CONTEXT[start : start + 4],), start)
-        prompt, cut = prompt_of(question, tokenizer, 40, keep_answer=False)
+        prompt, cut = prompt_of(question, tokenizer, 40, training=False)
         assert cut
         assert len(prompt) == 40
         assert text_of(tokenizer, prompt) == CONTEXT[:15] + "\nQuestion: Which?\nAnswer:"
-    prompt, cut = prompt_of(QUESTION, tokenizer, 12, keep_answer=False)  # not even the question fits: its end
+    prompt, cut = prompt_of(QUESTION, tokenizer, 12, training=False)  # not even the question fits: its end
     assert (text_of(tokenizer, prompt), cut) == ("ver?\nAnswer:", True)
 
 
@@ -198,8 +202,8 @@ def test_prompts_end_together():
     ("„Oder“", "„oder“"),  # ASCII punctuation only
     ("two\n words\t", "two words"),
 ])  # fmt: skip
-def test_normalise(text, expected):
-    assert normalise(text) == expected
+def test_normalize(text, expected):
+    assert normalize(text) == expected
 
 
 @pytest.mark.parametrize(("answer", "gold", "exact", "overlap"), [

@@ -1,11 +1,15 @@
 """Every launcher's environment, and what happens when it is wrong."""
 
+import json
+import socket
+
 import pytest
-from launching import free_port, run_command
+from launching import SCRIPTS, OnRanks, free_port
 
 from common import ranks
-from common.ranks import Place, choose_device, read_environment
+from common.ranks import LaunchInfo, choose_device, read_environment
 
+ON_RANKS = OnRanks("tests/common/ranks_on_ranks.py")
 TORCHRUN = {
     "RANK": "3",
     "WORLD_SIZE": "4",
@@ -26,7 +30,7 @@ def without(environment, *names):
 
 
 def test_torchrun():
-    assert read_environment(TORCHRUN) == Place(3, 4, 1, 2, "torchrun", "a", 5)
+    assert read_environment(TORCHRUN) == LaunchInfo(3, 4, 1, 2, "torchrun", "a", 5)
 
 
 def test_srun_step(monkeypatch):
@@ -58,7 +62,7 @@ def test_first_host_without_scontrol(monkeypatch, nodelist, host):
 def test_plain_python_inside_a_slurm_allocation_is_one_process():
     assert read_environment(without(SRUN, "SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID", "SLURM_PROCID")).world_size == 1
     batch_script = SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}
-    assert read_environment(batch_script) == Place(0, 1, 0, 1, "python")
+    assert read_environment(batch_script) == LaunchInfo(0, 1, 0, 1, "python")
 
 
 def test_torchrun_inside_an_srun_step_is_torchrun():
@@ -82,7 +86,7 @@ def test_mpirun_and_mpiexec():
 
 
 def test_nothing_set_is_one_process():
-    assert read_environment({}) == Place(0, 1, 0, 1, "python")
+    assert read_environment({}) == LaunchInfo(0, 1, 0, 1, "python")
 
 
 @pytest.mark.parametrize(("environment", "words"), [
@@ -125,9 +129,9 @@ class FakeCuda:
 
 
 @pytest.mark.parametrize(("gpus", "place", "index"), [
-    (4, Place(6, 8, 2, 4, "torchrun"), 2),
-    (1, Place(6, 8, 2, 4, "srun"), 0),  # --gpus-per-task=1: each task sees its own GPU as number 0
-    (1, Place(0, 1, 0, 1, "python"), 0),
+    (4, LaunchInfo(6, 8, 2, 4, "torchrun"), 2),
+    (1, LaunchInfo(6, 8, 2, 4, "srun"), 0),  # --gpus-per-task=1: each task sees its own GPU as number 0
+    (1, LaunchInfo(0, 1, 0, 1, "python"), 0),
 ])  # fmt: skip
 def test_which_gpu(monkeypatch, gpus, place, index):
     monkeypatch.delenv("DEVICE", raising=False)
@@ -137,11 +141,11 @@ def test_which_gpu(monkeypatch, gpus, place, index):
 
 
 @pytest.mark.parametrize(("wanted", "gpus", "place", "environment", "words"), [
-    ("auto", 1, Place(1, 2, 1, 2, "torchrun"), {}, ["local rank 1", "1 visible GPU"]),
-    ("auto", 2, Place(2, 3, 2, 3, "srun"), {}, ["local rank 2", "2 visible GPU"]),
-    ("cuda", 0, Place(0, 1, 0, 1, "python"), {}, ["device=cuda", "no GPU"]),
-    ("auto", 0, Place(0, 1, 0, 1, "python"), {"SLURM_JOB_GPUS": "0,1"}, ["SLURM_JOB_GPUS=0,1", "DEVICE=cpu"]),
-    ("tpu", 0, Place(0, 1, 0, 1, "python"), {}, ["tpu", "auto, cpu, cuda"]),
+    ("auto", 1, LaunchInfo(1, 2, 1, 2, "torchrun"), {}, ["local rank 1", "1 visible GPU"]),
+    ("auto", 2, LaunchInfo(2, 3, 2, 3, "srun"), {}, ["local rank 2", "2 visible GPU"]),
+    ("cuda", 0, LaunchInfo(0, 1, 0, 1, "python"), {}, ["device=cuda", "no GPU"]),
+    ("auto", 0, LaunchInfo(0, 1, 0, 1, "python"), {"SLURM_JOB_GPUS": "0,1"}, ["SLURM_JOB_GPUS=0,1", "DEVICE=cpu"]),
+    ("tpu", 0, LaunchInfo(0, 1, 0, 1, "python"), {}, ["tpu", "auto, cpu, cuda"]),
 ])  # fmt: skip
 def test_no_gpu_for_this_rank(monkeypatch, capsys, wanted, gpus, place, environment, words):
     monkeypatch.delenv("DEVICE", raising=False)
@@ -157,58 +161,77 @@ def test_no_gpu_for_this_rank(monkeypatch, capsys, wanted, gpus, place, environm
 def test_device_from_the_cluster_profile(monkeypatch):
     monkeypatch.setenv("DEVICE", "cpu")
     monkeypatch.setenv("SLURM_JOB_GPUS", "0,1")  # fake GPUs of the laptop cluster: allocated, but not there
-    assert choose_device("auto", Place(0, 1, 0, 1, "python")).type == "cpu"
+    assert choose_device("auto", LaunchInfo(0, 1, 0, 1, "python")).type == "cpu"
 
 
 def test_hidden_gpus_are_not_allocated_ones(monkeypatch):
     monkeypatch.setattr(ranks.torch, "cuda", FakeCuda(0))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert choose_device("auto", Place(0, 1, 0, 1, "python")).type == "cpu"
+    assert choose_device("auto", LaunchInfo(0, 1, 0, 1, "python")).type == "cpu"
 
 
-def test_a_script_for_one_process_refuses_two(launch):
-    result = launch("ddp/single_device.py", "--train.steps", "1", nproc=2, check=False)
-    assert result.returncode != 0
-    assert "is a script for one process, but torchrun started 2" in result.stderr
+def test_a_script_for_one_process_refuses_two(group):
+    for code, stderr in group(2)(SCRIPTS.ends, "ddp/single_device.py", ["--train.steps", "1"]):
+        assert code == 2
+        assert "is a script for one process, but torchrun started 2" in stderr
 
 
-JOIN = """
-import sys
-from common.ranks import join
-ranks = join("cpu", timeout_s=float(sys.argv[1]))
-ranks.leave()
-"""
+def test_every_rank_tells_torchrun_what_ended_it(group, tmp_path):
+    """The line of a mistake goes into the file from which torchrun takes its root cause."""
+    for rank, (code, stderr) in enumerate(group(2)(ON_RANKS.fails_with_error_file, str(tmp_path), "a mistake")):
+        assert (code, stderr) == (2, f"[rank {rank}] error: a mistake\n")
+        said = json.loads((tmp_path / f"error_{rank}.json").read_text())["message"]
+        assert said["message"] == said["extraInfo"]["py_callstack"] == "a mistake"
 
 
-def test_port_in_use(tmp_path):
-    import socket
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_one_rank_finds_ends_all(group, size):
+    """Whether rank 0 finds it or the last one: all end, with the same words."""
+    for who in (0, size - 1):
+        assert {answer[0] for answer in group(size)(ON_RANKS.one_has_a_problem, who)} == {2}
+        assert all(f"rank {who} has it" in words for _, words in group(size)(ON_RANKS.one_has_a_problem, who))
+    assert group(size)(ON_RANKS.one_has_a_problem, None) == [(0, "")] * size
+    assert group(size)(ON_RANKS.gathered) == [(list(range(size)), "of rank 0")] * size
 
-    (tmp_path / "script.py").write_text(JOIN)
+
+def test_the_first_rank_answers_for_all_or_ends_all(group):
+    assert group(3)(ON_RANKS.first_answers, False) == [(0, "", ["called on rank 0"])] * 3
+    for code, words, answers in group(3)(ON_RANKS.first_answers, True):
+        assert (code, answers) == (2, [])
+        assert "error: not possible on rank 0" in words
+
+
+def test_restarted_ranks_are_refused_with_the_agents_store(group):
+    """Gloo would try the addresses of the dead ones; with a store of their own ranks may join."""
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    [(code, words)] = group(1)(ON_RANKS.joins, agent | {"TORCHELASTIC_RESTART_COUNT": "1"}, 60)
+    assert code == 2
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in words
+    assert group(1)(ON_RANKS.joins, {"TORCHELASTIC_RESTART_COUNT": "1"}, 60) == [(0, "")]
+
+
+def test_joining_applies_the_network_profile_first(group):
+    """NCCL and Gloo read their variables when the group is made."""
+    assert group(1)(ON_RANKS.variables_at_start, "ethernet") == [{"NCCL_IB_DISABLE": "1", "NCCL_DEBUG": "WARN"}]
+
+
+def rank_0_of_2(port):
+    return {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port)}  # fmt: skip
+
+
+def test_port_in_use(group):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        port = str(taken.getsockname()[1])
-        rank0 = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        import sys
-
-        result = run_command([sys.executable, str(tmp_path / "script.py"), "20"], check=False, timeout=60, **rank0)
-    assert result.returncode == 2
-    assert f"port 127.0.0.1:{port} is in use" in result.stderr
-    assert "Traceback" not in result.stderr
+        port = taken.getsockname()[1]
+        [(code, words)] = group(1)(ON_RANKS.joins, rank_0_of_2(port), 20)
+    assert code == 2
+    assert f"port 127.0.0.1:{port} is in use" in words
 
 
-def test_a_rank_that_never_comes(tmp_path):
-    import sys
-
-    (tmp_path / "script.py").write_text(JOIN)
-    rank0 = {
-        "RANK": "0",
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    result = run_command([sys.executable, str(tmp_path / "script.py"), "3"], check=False, timeout=60, **rank0)
-    assert result.returncode == 2
-    assert "rank 0 of 2 could not join the others" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_a_rank_that_never_comes(group):
+    [(code, words)] = group(1)(ON_RANKS.joins, rank_0_of_2(free_port()), 1)
+    assert code == 2
+    assert "rank 0 of 2 could not join the others" in words
+    assert "within 1 s" in words

@@ -108,7 +108,7 @@ def test_the_record_says_what_ran(group, tmp_path):
         "torch",
         "test",
         2,
-        {"data": 2},
+        {"dp_replicate": 2, "dp_shard": 1, "tp": 1, "pp": 1, "cp": 1, "ep": 1},
     )
     assert record["data_fingerprint"] == "fingerprint"
     assert (record["status"], record["steps_done"]) == ("finished", 5)
@@ -142,3 +142,74 @@ def test_a_loss_that_is_not_a_number_ends_all_ranks(group, tmp_path):
         assert "the loss is nan at step 2" in line
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 3
+
+
+@pytest.mark.parametrize(("how", "who"), [("SIGINT", 0), ("SIGTERM", 1), ("SIGUSR1", 1), ("stop", 0)])
+def test_signals_and_the_stop_file_stop_all_at_the_same_step(group, tmp_path, how, who):
+    """A signal in step 2 on any rank is read in step 3; the file is seen in step 0. The old handlers come back."""
+    expected = 2 if how == "stop" else 4
+    assert group(2)(ON_RANKS.steps_until_told, str(tmp_path), how, who) == [(expected, True)] * 2
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["status"], record["steps_done"]) == ("stopped", expected)
+
+
+def test_what_a_step_draws_depends_on_seed_step_and_rank_alone(group, tmp_path):
+    """Dropout differs by rank and by step, and goes on after a resume with what it would have drawn."""
+    whole = group(3)(ON_RANKS.what_is_drawn, str(tmp_path / "whole"), 4)
+    drawn = [number for by_step in whole for number in by_step.values()]
+    assert len(set(drawn)) == 3 * 4
+    group(3)(ON_RANKS.what_is_drawn, str(tmp_path / "cut"), 2)
+    after = group(3)(ON_RANKS.what_is_drawn, str(tmp_path / "cut"), 4)
+    assert after == [{step: by_step[step] for step in (2, 3)} for by_step in whole]
+
+
+def test_every_piece_of_state_is_there_after_a_resume(group, tmp_path):
+    """Weights, both moments and step count of AdamW, scale and growth of the scaler, steps done."""
+    [whole] = group(1)(ON_RANKS.state_after, str(tmp_path), 4, "whole")
+    [cut] = group(1)(ON_RANKS.state_after, str(tmp_path), 2, "cut")
+    [resumed] = group(1)(ON_RANKS.state_after, str(tmp_path), 4, "resumed", str(tmp_path / "cut"))
+    assert (cut[:2], resumed[:2]) == ((0, 2), (2, 4))
+    assert cut[2]["_growth_tracker"] == 2  # the third step of a run doubles the scale
+    assert whole[2]["scale"] == 16.0
+    assert whole[3]["weight.step"] == 4.0
+    assert resumed[2:] == whole[2:]
+    rows = [json.loads(line) for line in (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 3]
+
+
+def test_a_resumed_record_holds_each_step_once(group, tmp_path):
+    """Rows after the checkpoint are of an attempt that died; what it evaluated after the last step saved stays."""
+    begin_or_go_on(group, tmp_path, *NAMED, "2")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()
+    more = [{"step": 2, "val_loss": 5.0}, {"step": 2, "loss": 4.0}, {"step": 3, "val_loss": 4.0}]
+    torn = '{"step": 3, "los'
+    metrics.write_text("\n".join([*lines, *map(json.dumps, more), torn]))
+    assert begin_or_go_on(group, tmp_path, *NAMED, "4") == [2, "run"]
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [(row["step"], "loss" in row) for row in rows] == [(0, True), (1, True), (2, False), (2, True), (3, True)]
+    assert rows[3]["loss"] != 4.0
+
+
+@pytest.mark.parametrize(("every", "expected"), [(2, [2, 4, 5]), (5, [5]), (0, [])])
+def test_replicas_are_checked_as_often_as_asked_and_at_the_end(group, tmp_path, every, expected):
+    """The last check alone sees what went wrong after the one before it."""
+    assert group(2)(ON_RANKS.when_replicas_are_checked, str(tmp_path), every) == [expected] * 2
+
+
+def test_the_file_that_a_job_names_stops_the_run(group, tmp_path):
+    """STOP_FILE, made by the job when Slurm takes the nodes away; the run does not remove it."""
+    (tmp_path / "taken").touch()
+    assert group(2)(ON_RANKS.steps_with_stop_file, str(tmp_path), str(tmp_path / "taken")) == [2, 2]
+    assert (tmp_path / "taken").exists()
+
+
+@pytest.mark.parametrize(("key", "value", "section"), [
+    ("seed", "5", "seed"), ("model.layers", "1", "model"), ("batch.global_size", "12", "batch.global_size"),
+])  # fmt: skip
+def test_settings_that_must_match(group, tmp_path, key, value, section):
+    """With another seed a run would go on with other data."""
+    begin_or_go_on(group, tmp_path, *NAMED, "2")
+    code, message = begin_or_go_on(group, tmp_path, *NAMED, "4", f"--{key}", value)
+    assert code == 2
+    assert f"was made with other settings of {section};" in message

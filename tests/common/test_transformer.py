@@ -16,6 +16,7 @@ from common.transformer import (
     PRESETS,
     KVCache,
     ModelConfig,
+    RMSNorm,
     Transformer,
     causal_attention,
     initial_weight,
@@ -290,8 +291,13 @@ def test_decoding_with_positions_of_the_caller():
 # --- activation checkpointing, compile, precision -----------------------------------------------------------------
 
 
-@CONFIGS
-@pytest.mark.parametrize("how", ["checkpointed", "compiled", "both", "whole", "checkpointed and whole"])
+@pytest.mark.parametrize(("config", "how"), [
+    pytest.param(config, how, id=f"{how}-{name}", marks=() if (name, how) in (
+        ("dense", "checkpointed"), ("tied", "checkpointed"), ("mixture", "checkpointed"), ("dense", "both"),
+    ) else pytest.mark.slow)
+    for name, config in (("dense", DENSE), ("tied", TIED), ("mixture", MIXTURE))
+    for how in ("checkpointed", "compiled", "both", "whole", "checkpointed and whole")
+])  # fmt: skip
 def test_checkpointing_and_compile_change_nothing(config, how):
     torch._dynamo.reset()
     tokens, targets = make_tokens()
@@ -322,6 +328,7 @@ def test_checkpointing_and_compile_change_nothing(config, how):
         assert len(calls) == config.layers
 
 
+@pytest.mark.slow
 @CONFIGS
 def test_checkpointed_and_compiled_blocks_take_batches_of_any_size(config):
     """As training, evaluation of a last small batch, and training again do."""
@@ -361,6 +368,7 @@ def test_checkpointing_keeps_one_activation_a_block():
     assert kept_bytes(model) < before / 4
 
 
+@pytest.mark.slow
 def test_inductor_compiles_the_blocks_once():
     """The default compiler, in fp32, as the scripts use it."""
     tokens, targets = make_tokens()
@@ -418,6 +426,15 @@ def test_bf16_weights():
     tokens, targets = make_tokens()
     model = Transformer(DENSE).bfloat16()
     assert model(tokens).dtype == torch.bfloat16 and model(tokens, targets).dtype == torch.float32
+
+
+def test_a_norm_of_bf16_activations_keeps_its_fp32_weight():
+    norm = RMSNorm(24, 1e-5)
+    with torch.no_grad():
+        norm.weight.copy_(1 + torch.arange(24) / 1000)  # which bf16 cannot hold
+    hidden = torch.randn(5, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = F.rms_norm(hidden.float(), (24,), norm.weight, 1e-5).bfloat16()
+    assert torch.equal(norm(hidden), expected)
 
 
 # --- mixture of experts -------------------------------------------------------------------------------------------

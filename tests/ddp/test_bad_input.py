@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 from equality import SMALL
-from launching import SCRIPTS, whose_rank_1_dies
+from launching import SCRIPTS, OnRanks, whose_rank_1_dies
+
+ON_RANKS = OnRanks("tests/ddp/starts_on_ranks.py")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def other_settings(run):
     (["--batch.global_size", "25"], ["global_size = 25", "2 data-parallel ranks"]),
     (["--batch.micro_size", "5"], ["micro_size = 5", "12 samples", "[1, 2, 3, 4, 6, 12]"]),
     (["--data.path", "nowhere.txt"], ["nowhere.txt", "no such file"]),
-    (["--data.source", "tokens", "--data.path", "nowhere"], ["nowhere", "meta.json", "common.data tokenize"]),
+    (["--data.source", "tokens", "--data.path", "nowhere"], ["nowhere", "meta.json", "tools/tokenize_text.py"]),
     (["--model.vocabulary", "100"], ["vocabulary of 256, the model 100"]),
     (["--model.heads", "7"], ["model.heads 7"]),
     (["--data.sequence_length", "500"], ["data.sequence_length = 500", "max_sequence"]),
@@ -89,6 +91,7 @@ def test_unwritable_run_folder(group, tmp_path):
         assert "--runs_dir" in text
 
 
+@pytest.mark.slow  # a torchrun of its own; what it reads is in tests/common/test_ranks.py
 @pytest.mark.parametrize("script", ["ddp/train.py"])
 def test_under_torchrun_all_ranks_end_and_the_root_cause_is_shown(launch, script):
     result = launch(script, "--train.stepz", "3", nproc=3, check=False, timeout=60)
@@ -98,18 +101,24 @@ def test_under_torchrun_all_ranks_end_and_the_root_cause_is_shown(launch, script
     assert "unknown key train.stepz (value '3'); did you mean train.steps?" in cause
 
 
-def test_half_set_environment(launch):
-    result = launch("ddp/train.py", nproc=0, env={"RANK": "0"}, check=False)
-    assert result.returncode == 2
-    assert "half-set torchrun environment: found RANK=0, missing WORLD_SIZE" in result.stderr
+def test_half_set_environment(group):
+    [(code, stderr)] = group(1)(ON_RANKS.ends_with, {"RANK": "0"}, "ddp/train.py", [])
+    assert code == 2
+    assert "half-set torchrun environment: found RANK=0, missing WORLD_SIZE" in stderr
 
 
-def test_minimal_says_how_to_start_it(launch):
-    result = launch("ddp/minimal.py", nproc=0, check=False)
-    assert result.returncode == 1
-    assert "torchrun --nproc-per-node=2 ddp/minimal.py" in result.stderr
+def test_minimal_says_how_to_start_it(group):
+    [(message, _)] = group(1)(ON_RANKS.ends_with, {}, "ddp/minimal.py", [])  # a message: exit code 1
+    assert "torchrun --nproc-per-node=2 ddp/minimal.py" in message
 
 
+def test_minimal_refuses_a_batch_that_does_not_divide(group):
+    """Five ranks would drop samples of each batch without a word."""
+    for message, _ in group(5)(SCRIPTS.ends, "ddp/minimal.py", []):
+        assert "error: a batch of 48 does not divide among 5 processes" in message
+
+
+@pytest.mark.slow
 def test_a_rank_that_dies_takes_the_others_with_it(launch, tmp_path):
     """One rank is killed in mid-run: torchrun ends the other one, and says which it was."""
     script = whose_rank_1_dies("ddp/train.py", tmp_path)

@@ -1,14 +1,14 @@
 """ddp/communication_overlap.py: buckets, messages, bytes, order, and what lies inside backward. Never seconds."""
 
 import json
-import sys
 
 import pytest
-from launching import SCRIPTS, run_command
+from launching import SCRIPTS, OnRanks
 
 from common.transformer import ModelConfig, Transformer
 
 SCRIPT = "ddp/communication_overlap.py"
+ON_RANKS = OnRanks("tests/ddp/starts_on_ranks.py")
 CAP_MB = 0.1
 SMALL = ["--model.width", "64", "--model.ffn_width", "96", "--model.layers", "3", "--data.sequence_length", "32",
          "--bucket_cap_mb", str(CAP_MB), "--train.steps", "3"]  # fmt: skip
@@ -21,12 +21,13 @@ BY_HAND, ONE, DEFAULT, CAPPED, QUARTER, VIEWS, STATIC, FP16, BF16, POWER_SGD = r
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """The script as a user starts it: what it printed, results.json, and the folder."""
+def two_ranks(tmp_path_factory, group):
+    """A run of the script: what all ranks printed, results.json, and the folder."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    ended = run_command([*torchrun, SCRIPT, *SMALL, "--device", "cpu", "--output", str(folder)])
-    return ended.stdout, json.loads((folder / "results.json").read_text()), folder
+    arguments = [*SMALL, "--device", "cpu", "--output", str(folder)]
+    printed, texts = zip(*group(2)(ON_RANKS.printed_and_first_text, SCRIPT, arguments), strict=True)
+    assert texts[0] != texts[1]  # with equal gradients no average would show
+    return "".join(printed), json.loads((folder / "results.json").read_text()), folder
 
 
 @pytest.fixture(scope="module", params=[2, 3])

@@ -3,8 +3,9 @@
 import re
 
 import pytest
-from launching import SCRIPTS
+from launching import ROOT, SCRIPTS, OnRanks
 
+ON_RANKS = OnRanks("tests/ddp/starts_on_ranks.py")
 SCRIPT = "ddp/gradient_accumulation.py"
 # Two layers of width 32: neither the counts nor the equality depend on the size.
 SMALL = ["--model.width", "32", "--model.ffn_width", "48", "--model.layers", "2", "--train.steps", "2"]
@@ -31,8 +32,9 @@ def read_table(output: str) -> dict[str, tuple[int, float, float, float, str]]:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_right_ways_are_equal_and_wrong_ones_are_found(launch, ranks):
-    output = launch(SCRIPT, *SMALL, nproc=ranks).stdout
+def test_right_ways_are_equal_and_wrong_ones_are_found(group, ranks):
+    output, *others = group(ranks)(SCRIPTS.printed, SCRIPT, SMALL)
+    assert others == [""] * (ranks - 1)  # rank 0 speaks for all
     table = read_table(output)
     # All gradients of so small a model fit into one bucket: to send them once is one all-reduce.
     times = {"once": 1, "always": 24 // 2 // ranks}
@@ -49,6 +51,12 @@ def test_right_ways_are_equal_and_wrong_ones_are_found(launch, ranks):
         else:
             assert off < 1e-12, name  # fp64: only the order of the additions differs
             assert loss == right[3], name
+
+
+def test_the_largest_difference_is_that_of_any_rank(group):
+    """A gradient that is wrong on one rank only is told to all of them."""
+    for wrong_on in (0, 2):
+        assert group(3)(ON_RANKS.largest_gradient_difference, str(ROOT / "ddp"), wrong_on) == [1.0] * 3
 
 
 def test_the_script_fails_when_it_finds_something_else(group, tmp_path):
@@ -84,7 +92,7 @@ def test_mistakes_end_in_one_line(group, arguments, message):
         assert "Traceback" not in text
 
 
-def test_one_process_is_told_how_to_start_several(launch):
-    ended = launch(SCRIPT, nproc=0, check=False)
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("error: one process cannot drift apart; use torchrun")
+def test_one_process_is_told_how_to_start_several(group):
+    [(code, stderr)] = group(1)(ON_RANKS.ends_with, {}, SCRIPT, [])
+    assert code == 2
+    assert stderr.startswith("error: one process cannot drift apart; use torchrun")

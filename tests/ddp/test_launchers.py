@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from equality import SMALL, read_rows
-from launching import ROOT, clean_environment, free_port, run_command
+from launching import ROOT, SCRIPTS, OnRanks, clean_environment, free_port, run_command
 
+ON_RANKS = OnRanks("tests/ddp/starts_on_ranks.py")
 QUICK = [*SMALL, "--train.steps", "3"]
 
 
@@ -42,15 +43,17 @@ def test_torchrun_leaves_a_whole_run_folder(launch, tmp_path):
     assert result.stdout.count("finished after") == 1  # rank 0 speaks for all
 
 
-def test_the_next_command_that_the_summary_offers_works(launch, tmp_path):
-    result = launch("ddp/train.py", *QUICK, nproc=0)
-    command = result.stdout.split("to go on")[1].split()
-    assert command[:2] == ["python", "ddp/train.py"]
-    more = launch("ddp/train.py", *command[2:], nproc=0)
-    assert "finished after 6 of 6 steps" in more.stdout
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_next_command_that_the_summary_offers_works(group, tmp_path, size):
+    first, *_ = group(size)(SCRIPTS.printed, "ddp/train.py", [*QUICK, "--runs_dir", str(tmp_path / "runs")])
+    launcher, _, arguments = first.split("to go on")[1].strip().partition(f" {ROOT}/ddp/train.py ")
+    assert launcher == ("torchrun --nproc-per-node=2" if size == 2 else "python")
+    more = [*arguments.split(), "--runs_dir", str(tmp_path / "runs")]
+    assert "finished after 6 of 6 steps" in group(size)(SCRIPTS.printed, "ddp/train.py", more)[0]
     assert [row["step"] for row in read_rows(only_run(tmp_path))] == list(range(6))
 
 
+@pytest.mark.slow
 def test_make_train(tmp_path):
     if not (Path(sys.prefix) / ".core").is_file():
         pytest.skip("needs an environment made by `make venv`: else make would install packages now")
@@ -62,14 +65,28 @@ def test_make_train(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["ddp/train.py", "ddp/single_device.py"])
-def test_plain_python_is_one_process(launch, script):
-    assert "world size 1 on" in launch(script, *QUICK, nproc=0).stdout
+def test_plain_python_is_one_process(group, tmp_path, script):
+    arguments = [*QUICK, "--runs_dir", str(tmp_path)]
+    assert "world size 1 on" in group(1)(ON_RANKS.printed_by_plain_python, script, arguments)[0]
 
 
-def test_minimal(launch):
-    last = launch("ddp/minimal.py", nproc=2).stdout.strip().splitlines()[-1]
-    assert last.startswith("epoch 9")
-    assert float(last.split()[-1]) > 0.88
+@pytest.mark.parametrize("size", [2, 3])
+def test_minimal(group, size):
+    """Each rank draws its own part of each epoch, in another order every time; the weights stay the same."""
+    ranks = group(size)(ON_RANKS.minimal_parts, "ddp/minimal.py")
+    assert [rank["printed"] == "" for rank in ranks] == [False] + [True] * (size - 1)
+    lines = ranks[0]["printed"].strip().splitlines()
+    assert [line.split()[1] for line in lines] == [str(epoch) for epoch in range(10)]
+    accuracy = float(lines[-1].split()[-1])
+    assert 0.88 < accuracy <= 1
+    assert abs(accuracy * 360 - round(accuracy * 360)) < 0.05  # all 360 test digits, each once
+    assert float(lines[0].split()[3]) > 4 * float(lines[-1].split()[3])  # the loss is a mean over the batches
+    assert len({rank["weights"] for rank in ranks}) == 1
+    assert [rank["steps"] for rank in ranks] == [10 * (1437 // 48)] * size  # whole global batches, at any world size
+    for epochs in zip(*(rank["epochs"] for rank in ranks), strict=True):
+        drawn = [index for part in epochs for index in part]
+        assert len(set(drawn)) == len(drawn) == 1437 // size * size
+    assert ranks[0]["epochs"][0] != ranks[0]["epochs"][1]
 
 
 def start_all(environments, command):
@@ -89,6 +106,7 @@ def start_all(environments, command):
     return outputs
 
 
+@pytest.mark.slow
 def test_two_torchruns_as_on_two_machines(tmp_path):
     port = str(free_port())
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
@@ -100,8 +118,8 @@ def test_two_torchruns_as_on_two_machines(tmp_path):
 
 
 @pytest.mark.parametrize("launcher", ["srun", "mpirun", "mpiexec"])
-def test_one_task_a_device(tmp_path, launcher):
-    """Two processes with the variables that the launcher sets; the launchers themselves are not needed for that."""
+def test_one_task_a_device(group, tmp_path, launcher):
+    """Two ranks with the variables that the launcher sets; the launchers themselves are not needed for that."""
     job = str(free_port())  # the port is derived from it: other than that of other tests
     variables = {
         "srun": lambda r: {"SLURM_JOB_ID": job, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": r,
@@ -110,8 +128,8 @@ def test_one_task_a_device(tmp_path, launcher):
                              "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": job},
         "mpiexec": lambda r: {"PMI_RANK": r, "PMI_SIZE": "2", "MPI_LOCALRANKID": r, "MPI_LOCALNRANKS": "2"},
     }[launcher]  # fmt: skip
-    command = [sys.executable, "ddp/train.py", *QUICK, "--runs_dir", str(tmp_path / "runs")]
-    outputs = start_all([variables("0"), variables("1")], lambda rank: command)
+    arguments = [*QUICK, "--runs_dir", str(tmp_path / "runs")]
+    outputs = group(2)(ON_RANKS.printed_with, [variables("0"), variables("1")], "ddp/train.py", arguments)
     assert "world size 2 on" in "".join(outputs)
     run = only_run(tmp_path)
     assert len(read_rows(run)) == 3

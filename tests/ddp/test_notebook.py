@@ -25,6 +25,7 @@ def printed(cell) -> str:
     return "".join(output.text for output in cell.outputs if output.output_type == "stream")
 
 
+@pytest.mark.slow
 def test_executes_and_every_step_equals_one_process(stored, tmp_path):
     notebook = copy.deepcopy(stored)
     for cell in code_cells(notebook):

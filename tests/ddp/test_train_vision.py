@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from equality import largest_difference, read_checkpoint, read_rows
+from equality import STEPS, largest_difference, read_checkpoint, read_rows
 from launching import ROOT, SCRIPTS, OnRanks
 
 from common.config import Config, parse, to_dict
-from common.data import ImageConfig, image_datasets
 from common.data_sharding import BatchConfig, BatchPlan
-from common.vision import VisionConfig, VisionModel, build_model
+from vision.images import ImageConfig, image_datasets
+from vision.networks import VisionConfig, VisionModel, build_model
 
 SCRIPT = "ddp/train_vision.py"
-ON_RANKS = OnRanks("tests/ddp/vision_on_ranks.py")
+ON_RANKS, STARTS = OnRanks("tests/ddp/vision_on_ranks.py"), OnRanks("tests/ddp/starts_on_ranks.py")
 SMALL = ["--model.name", "small_cnn"]
 EVERY = ["--checkpoint.every", "1", "--checkpoint.keep", "99"]
-STEPS, WARMUP, GLOBAL, SEED, VALIDATION = 12, 3, 48, 1234, 359
+WARMUP, GLOBAL, SEED, VALIDATION = 2, 48, 1234, 359
 
 
 def train(group, world_size, folder, name, *more):
@@ -88,7 +88,7 @@ def one_process(norm, ranks=1, accumulation=1):
 @pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (3, 2)])
 @pytest.mark.parametrize("norm", ["group", "batch"])
 def test_fp64_is_the_proof(group, tmp_path, norm, world_size, accumulation):
-    """1e-12: sums in another order differ by some 1e-16, and twelve steps of SGD do not amplify that much."""
+    """1e-12: sums in another order differ by some 1e-16, and these steps of SGD do not amplify that much."""
     losses, norms, first, state = one_process(norm, *((world_size, accumulation) if norm == "batch" else ()))
     run = train(
         group, world_size, tmp_path, "run", *EVERY, "--train.precision", "fp64", "--train.steps", str(STEPS),
@@ -101,7 +101,9 @@ def test_fp64_is_the_proof(group, tmp_path, norm, world_size, accumulation):
     for row, loss, norm_before_clipping in zip(rows, losses, norms, strict=True):
         assert abs(row["loss"] - loss) <= 1e-12
         assert abs(row["grad_norm"] - norm_before_clipping) <= 1e-12 * max(1, norm_before_clipping)
-    assert losses[-1] < losses[0] - 0.3  # something was learned, or equality would say little
+    assert losses[-1] < losses[0] - (
+        0.3 if STEPS == 20 else 0.01
+    )  # something was learned, or equality would say little
     velocities = read_checkpoint(run, 1)
     for name, gradient in first.items():
         found = velocities[f"optimizer.state.{name}.momentum_buffer"]
@@ -164,13 +166,20 @@ def test_the_evaluation_does_not_depend_on_the_world_size(group, trained):
         assert abs(loss - logged["val_loss"]) < 1e-6  # fp32 kernels may sum another batch size in another order
 
 
-def test_resuming_is_bitwise_at_two_ranks(group, tmp_path):
-    options = ["--train.steps", "6", "--optimizer.warmup_steps", "2"]
-    whole = train(group, 2, tmp_path, "whole", *options, "--checkpoint.every", "3")
-    resumed = train(group, 2, tmp_path, "resumed", *options, "--resume", str(whole / "checkpoints" / "step_3"))
-    for mine, theirs in zip(read_rows(resumed), read_rows(whole)[3:], strict=True):
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_resuming_is_bitwise_at_two_ranks(group, tmp_path, precision):
+    """Weights, velocities, running statistics, the scaler with its count of steps, data, learning rates."""
+    options = ["--train.steps", str(STEPS), "--optimizer.warmup_steps", "2", "--train.precision", precision]
+    half = STEPS // 2
+    whole = train(group, 2, tmp_path, "whole", *options, "--checkpoint.every", str(half))
+    resumed = train(group, 2, tmp_path, "resumed", *options, "--resume", str(whole / "checkpoints" / f"step_{half}"))
+    for mine, theirs in zip(read_rows(resumed), read_rows(whole)[half:], strict=True):
         assert all(mine[key] == theirs[key] for key in ("step", "loss", "grad_norm", "lr", "images"))
-    a, b = read_checkpoint(whole, 6), read_checkpoint(resumed, 6)
+    manifests = [json.loads((run / "checkpoints" / f"step_{STEPS}" / "manifest.json").read_text())
+                 for run in (whole, resumed)]  # fmt: skip
+    assert manifests[0]["extra"] == manifests[1]["extra"]
+    assert [state["_growth_tracker"] for state in manifests[1]["extra"].values()] == [STEPS] * (precision == "fp16")
+    a, b = read_checkpoint(whole, STEPS), read_checkpoint(resumed, STEPS)
     assert a.keys() == b.keys() and any("running_var" in name for name in a)
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -188,6 +197,7 @@ def test_low_precision_trains(group, tmp_path, precision):
     assert ("scaler" in manifest["extra"]) == (precision == "fp16")
 
 
+@pytest.mark.slow
 def test_the_default_under_torchrun(launch, tmp_path):
     """ResNet-18, as a user starts it; two steps, because the whole is about a minute."""
     result = launch(SCRIPT, "--train.steps", "2", "--run_name", "resnet", "--train.check_replicas_every", "1")
@@ -196,6 +206,29 @@ def test_the_default_under_torchrun(launch, tmp_path):
     assert weights["model.conv1.weight"].shape == (64, 1, 3, 3)  # the stem for small images
     assert weights["model.layer4.1.conv2.weight"].shape == (512, 512, 3, 3)
     assert weights["model.fc.weight"].shape == (10, 512)
+
+
+def test_the_default_network_trains(group, tmp_path):
+    """ResNet-18 on a few digits: the stem for small images, the classes of the data set, equal statistics."""
+    arguments = ["--train.steps", "1", "--batch.global_size", "4", "--runs_dir", str(tmp_path), "--run_name", "resnet",
+                 "--train.check_replicas_every", "1"]  # fmt: skip
+    group(2)(SCRIPTS.train, SCRIPT, arguments)
+    weights = read_checkpoint(tmp_path / "resnet", 1)
+    assert weights["model.conv1.weight"].shape == (64, 1, 3, 3)
+    assert weights["model.layer4.1.conv2.weight"].shape == (512, 512, 3, 3)
+    assert weights["model.fc.weight"].shape == (10, 512)
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(2, 24), (2, 6), (3, 8)])
+def test_gradients_travel_once_a_step(group, tmp_path, world_size, micro):
+    """However many micro-batches there are: reduced on every one they are right, and cost as many times as much."""
+    options = [*SMALL, "--train.steps", "3", "--batch.micro_size", str(micro), "--train.check_replicas_every", "0"]
+    places = ["--runs_dir", str(tmp_path), "--run_name", "run"]
+    parameters = list(build_model(VisionModel("small_cnn"), 1, 8, 10, SEED).named_parameters())
+    statistics = 4 * 2 * (32 + 64 + 128)  # running mean and variance of three layers, in fp32
+    for answer in group(world_size)(STARTS.counted, SCRIPT, [*options, *places]):
+        assert [sum(messages) for messages in answer["gradients"]] == [4 * sum(p.numel() for _, p in parameters)] * 3
+        assert sorted(answer["others"]) == [16] * 3 + [24] + [statistics] * 3  # Run's, the evaluation's, the averages
 
 
 def test_networks():

@@ -12,9 +12,9 @@ from rank_worker import starts_its_own_group
 
 from common import checkpoint
 from common.config import parse
-from common.data import ImageConfig, image_datasets
 from common.ranks import join
-from common.vision import VisionModel, build_model
+from vision.images import ImageConfig, image_datasets
+from vision.networks import VisionModel, build_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -33,11 +33,11 @@ def train(arguments: list[str]) -> dict:
     import transformers
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    from common import question_answering
+    from finetuning import scores
 
     seen: dict = {"samples": [], "micro_batches": [], "optimizer_steps": 0, "answers": [], "asked": []}
     llama = transformers.LlamaForCausalLM
-    forward, score = llama.forward, question_answering.score
+    forward, score = llama.forward, scores.score
 
     def watch(self, input_ids=None, **more):
         if self.training and torch.is_grad_enabled():
@@ -57,11 +57,11 @@ def train(arguments: list[str]) -> dict:
     forget()
     handle = register_optimizer_step_post_hook(count)
     watch.__signature__ = inspect.signature(forward)  # Trainer looks at it
-    llama.forward, question_answering.score = watch, keep
+    llama.forward, scores.score = watch, keep
     try:
         deepspeed_on_ranks.train(SCRIPT, arguments)
     finally:
-        llama.forward, question_answering.score = forward, score
+        llama.forward, scores.score = forward, score
         handle.remove()
     return seen
 

@@ -1,5 +1,6 @@
 """Trainer alone and with DeepSpeed: the training of a plain loop, every question answered once, exports, bad input."""
 
+import importlib.util
 import itertools
 import json
 import re
@@ -16,7 +17,9 @@ from safetensors.torch import load_file
 
 from common.data_sharding import BatchConfig, BatchPlan
 from common.optimizer import OptimizerConfig, build_optimizer, learning_rate, set_learning_rate
-from common.question_answering import QuestionDataset, load_tokenizer, read_questions
+from common.ranks import Ranks
+from finetuning.squad import read_questions
+from finetuning.tokens import QuestionDataset, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_RANKS = OnRanks("tests/deepspeed/finetune_on_ranks.py")
@@ -98,7 +101,7 @@ def rows(run):
 def data(places):
     """(training set, plan of one process, sample rows by step)."""
     tokenizer = load_tokenizer(None)
-    train_set = QuestionDataset(read_questions(str(places / "train.json")), tokenizer, 64, keep_answer=True)
+    train_set = QuestionDataset(read_questions(str(places / "train.json")), tokenizer, 64, training=True)
     plan = BatchPlan(BatchConfig(GLOBAL), len(train_set), 1234)
     return train_set, plan
 
@@ -218,8 +221,9 @@ def test_the_random_model_is_the_same_under_all(group, places, tmp_path, strateg
     assert abs(rows(tmp_path / "run")[0]["loss"] - rows(tmp_path / "plain" / "run")[0]["loss"]) <= TOLERANCE
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["baseline", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "strategy", ["zero2", *[pytest.param(s, marks=pytest.mark.slow) for s in ("baseline", "zero3")]]
+)
 def test_bf16_trains(group, plain, places, tmp_path, strategy):
     """3e-2 is some seven roundings of 2^-8 of a loss of about 5.6; equal it must not be."""
     group(2)(ON_RANKS.train, arguments(places, tmp_path, *options(strategy), "--train.precision", "bf16"))
@@ -260,7 +264,6 @@ def test_going_on(group, plain, places, tmp_path, strategy):
     assert_same(tmp_path / "run", plain(ADAMW), 1e-4)
 
 
-@pytest.mark.slow
 def test_checkpoints_that_cannot_be_used(group, places, tmp_path):
     """Another strategy, other data, a damaged file; and one that was never finished is not there at all."""
     given = arguments(places, tmp_path, *options("zero2"), "--train.steps", "2", "--checkpoint.every", "1")
@@ -269,6 +272,8 @@ def test_checkpoints_that_cannot_be_used(group, places, tmp_path):
     more = [*given, "--train.steps", "3"]
     other = [*arguments(places, tmp_path, *options("zero3"))]
     assert_one_line(group(2)(ON_RANKS.ends, other), "checkpoint-2 was made with zero2 on 2 ranks, this is zero3 on 2")
+    fewer = [*arguments(places, tmp_path, *options("zero2", 2, 1))]
+    assert_one_line(group(1)(ON_RANKS.ends, fewer), "checkpoint-2 was made with zero2 on 2 ranks, this is zero2 on 1")
     other_model = shutil.copytree(places / "llama", tmp_path / "llama")
     other_data = shutil.copy(places / "train.json", tmp_path / "other.json")
     for name, made, now in [
@@ -283,6 +288,32 @@ def test_checkpoints_that_cannot_be_used(group, places, tmp_path):
     assert_one_line(group(2)(ON_RANKS.ends, more), "is missing or changed since it was written")
     (folder / "checkpoint-2" / "complete.json").unlink()
     assert [mine["optimizer_steps"] for mine in group(2)(ON_RANKS.train, more)] == [2, 2]  # from checkpoint-1
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    """deepspeed/finetune_settings.py, which does not import DeepSpeed."""
+    spec = importlib.util.spec_from_file_location("finetune_settings", ROOT / "deepspeed" / "finetune_settings.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_as_many_checkpoints_are_kept_as_the_settings_say(settings, tmp_path):
+    """By number, not by name: checkpoint-10 is newer than checkpoint-9. An unfinished one does not count."""
+    config = settings.FinetuneConfig()
+    config.checkpoint.keep = 2
+    for step in (8, 9, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "weights").write_text("w")
+        if step != 9:
+            settings.commit(folder, step, "ddp", config, Ranks(0, 1, 0, 1, "python", torch.device("cpu")))
+    assert [path.name for path in settings.committed(tmp_path)] == ["checkpoint-8", "checkpoint-10"]
+    settings.commit(tmp_path / "checkpoint-9", 9, "ddp", config, Ranks(0, 1, 0, 1, "python", torch.device("cpu")))
+    assert [path.name for path in settings.committed(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    assert not (tmp_path / "checkpoint-8").exists()
 
 
 # -------------------------------------------------------------------------------------------------------- bad input
@@ -339,27 +370,6 @@ def test_the_launcher_of_deepspeed(places, plain, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_table_of_stages(launch, tmp_path):
-    """Each row is one run; what it shows is what the runs recorded; learners' own files get rows, too."""
-    place = ["--steps", "3", "--width", "64", "--layers", "1", "--output", str(tmp_path / "all")]
-    done = launch("deepspeed/compare_stages.py", *place, "--rows", "DDP", "2Z-offload-pinned", nproc=0, timeout=300)
-    runs = json.loads((tmp_path / "all" / "results.json").read_text())["runs"]
-    assert [run["run"] for run in runs] == ["DDP-2G1N", "2Z-offload-pinned-2G1N"]
-    for run in runs:
-        recorded = [row for row in rows(tmp_path / "all" / f"{run['run']}-round1") if "loss" in row]
-        assert len(recorded) == 3
-        assert (run["loss_at_first"], run["loss_at_last"]) == (recorded[0]["loss"], recorded[-1]["loss"])
-        assert run["cpu_peak_bytes"] >= run["cpu_average_bytes"] > 2 * 2**27  # two ranks, each with torch inside
-        assert run["gpu_peak_bytes"] is None
-        assert f"| `{run['run']}` |" in done.stdout
-    assert abs(runs[0]["loss_at_last"] - runs[1]["loss_at_last"]) <= TOLERANCE
-    zero = json.loads(Path(runs[1]["config"]).read_text())["zero_optimization"]
-    assert zero == {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": True}}
-    again = launch("deepspeed/compare_stages.py", "--table", str(tmp_path / "all" / "results.json"), nproc=0)
-    assert again.stdout.strip() in done.stdout
-
-
-@pytest.mark.slow
 def test_the_table_in_bf16_and_of_a_given_model(launch, places, tmp_path):
     """Stage 0 has no bf16 here; the other rows go on. A model may be given with `=`, too."""
     place = ["--steps", "3", "--output", str(tmp_path / "low")]
@@ -370,19 +380,3 @@ def test_the_table_in_bf16_and_of_a_given_model(launch, places, tmp_path):
     assert "a random model" not in done.stdout
     runs = json.loads((tmp_path / "low" / "results.json").read_text())["runs"]
     assert [run["run"] for run in runs] == ["DDP-2G1N", "1Z-2G1N"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("given", "words"), [
-    (["--launch", "no-such-launcher {ranks}"], "no-such-launcher is no program here"),
-    (["--launch", "false {mine}", "--rows", "DDP", "--width", "64"], "DDP-2G1N-round1 ended with 1"),  # its braces
-    (["--rows", "4Z"], "--rows 4Z: there is no such row; allowed: DDP, 0Z"),
-    (["--ranks", "3", "--ranks-per-node", "2"], "as many ranks on each node"),
-    (["--configs", "missing.json"], "--configs missing.json: no such file"),
-    (["--table", "missing.json"], "--table missing.json: not a results.json"),
-])  # fmt: skip
-def test_bad_comparisons(launch, tmp_path, given, words):
-    done = launch("deepspeed/compare_stages.py", *given, nproc=0, check=False)
-    assert done.returncode == 2
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr

@@ -1,14 +1,14 @@
 """The script under torchrun, DeepSpeed's own launcher and srun; a rank that dies; and that nothing is compiled."""
 
-import os
 import sys
 from pathlib import Path
 
 import pytest
 from equality import SMALL, assert_same_rows, read_rows
-from launching import free_port, run_command, whose_rank_1_dies
+from launching import OnRanks, assert_refused, free_port, run_command, whose_rank_1_dies
 
 SCRIPT = "deepspeed/train.py"
+ON_RANKS = OnRanks("tests/deepspeed/deepspeed_on_ranks.py")
 QUICK = [*SMALL, "--train.steps", "6", "--deepspeed_config", "deepspeed/configs/zero2.json"]
 
 
@@ -30,18 +30,32 @@ def test_torchrun_compiles_nothing(launch, one, tmp_path):
     assert_same_rows(one, only_run(tmp_path / "runs"), 1e-5)
 
 
-def test_plain_python(launch, one, tmp_path):
-    """One process, which nobody has given a rank; stage 3, whose parameters are born in parts."""
-    launch(SCRIPT, *QUICK, "--deepspeed_config", "deepspeed/configs/zero3.json", nproc=0)
-    assert_same_rows(one, only_run(tmp_path / "runs"), 1e-5)
+STAGE_3 = ["--deepspeed_config", "deepspeed/configs/zero3.json"]  # its parameters are born in parts
 
 
-def test_the_device_is_chosen_before_the_import(launch):
-    """DeepSpeed looks for it when it is imported, and would go on with another than the script's."""
+def test_plain_python(group, one, tmp_path):
+    """One process, to which no launcher has given a rank."""
+    places = ["--runs_dir", str(tmp_path), "--run_name", "run"]
+    group(1)(ON_RANKS.by_plain_python, SCRIPT, [*QUICK, *STAGE_3, *places])
+    assert_same_rows(one, tmp_path / "run", 1e-5)
+
+
+CHOSE_ANOTHER = "device = cpu, but DeepSpeed chose cuda when it was imported; export DEVICE=cpu DS_ACCELERATOR=cpu"
+
+
+def test_another_accelerator_is_refused(group):
+    """DeepSpeed would go on with another device than the script's."""
+    assert_refused(group(2)(ON_RANKS.ends_with_another_accelerator, SCRIPT, QUICK), CHOSE_ANOTHER)
+
+
+@pytest.mark.slow
+def test_the_device_is_chosen_before_the_import(launch, one, tmp_path):
+    """The same in a new process, where DeepSpeed reads DS_ACCELERATOR when it is imported."""
     done = launch(SCRIPT, "--device", "cpu", nproc=0, check=False, env={"DEVICE": "", "DS_ACCELERATOR": "cuda"})
     assert done.returncode == 2
-    words = "device = cpu, but DeepSpeed chose cuda when it was imported; export DEVICE=cpu DS_ACCELERATOR=cpu"
-    assert words in done.stderr
+    assert CHOSE_ANOTHER in done.stderr
+    launch(SCRIPT, *QUICK, *STAGE_3, nproc=0)
+    assert_same_rows(one, only_run(tmp_path / "runs"), 1e-5)
 
 
 def test_the_launcher_of_deepspeed(one, tmp_path):
@@ -66,10 +80,9 @@ def test_a_rank_that_dies_takes_the_others_with_it_and_the_run_goes_on(launch, o
     assert_same_rows(one, tmp_path / "runs" / "many", 1e-5)
 
 
+@pytest.mark.slow  # tests/slurm/ submits these job files in `make test`, with a script that starts faster
 @pytest.mark.slurm
-@pytest.mark.parametrize("job_file", [
-    "deepspeed/multi_node.sbatch", pytest.param("slurm/one_task_per_device.sbatch", marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize("job_file", ["deepspeed/multi_node.sbatch", "slurm/one_task_per_device.sbatch"])
 def test_srun_on_two_nodes(cluster, single_device, job_file):
     """One torchrun a node, and one task a device; four ranks, and DeepSpeed finds its place by either."""
     job = cluster.submit("--job-name=2Z-2G2N", job_file, *QUICK, SCRIPT=SCRIPT)
@@ -79,19 +92,10 @@ def test_srun_on_two_nodes(cluster, single_device, job_file):
     assert_same_rows(single_device(*QUICK[:-2]), cluster.run_folder(job), 1e-5)
 
 
-def test_without_the_package_one_line_says_what_to_install(tmp_path):
+def test_without_the_package_one_line_says_what_to_install(group):
     """The folder deepspeed/ would be imported in its place, as an empty package."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "from importlib import metadata\n"
-        "version = metadata.version\n"
-        "def without(name):\n"
-        "    if name == 'deepspeed':\n"
-        "        raise metadata.PackageNotFoundError(name)\n"
-        "    return version(name)\n"
-        "metadata.version = without\n"
-    )
-    path = os.pathsep.join([str(tmp_path), str(Path(__file__).resolve().parents[2])])
-    result = run_command([sys.executable, SCRIPT], 60, check=False, PYTHONPATH=path)
-    assert result.returncode == 2
-    (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("error: this lesson needs the package deepspeed; install the core environment: make venv")
+    words = "error: this lesson needs the package deepspeed; install the core environment: make venv"
+    ((code, message),) = group(1)(ON_RANKS.ends_without_the_package, SCRIPT)
+    assert code == 2
+    (line,) = message.strip().splitlines()
+    assert line.startswith(words)

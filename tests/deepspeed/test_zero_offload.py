@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT, OnRanks, run_command
+from launching import ROOT, OnRanks, assert_refused, run_command
 
 SCRIPT = "deepspeed/zero_offload.py"
-ON_RANKS = OnRanks("tests/deepspeed/offload_on_ranks.py")
+ON_RANKS = OnRanks("tests/deepspeed/deepspeed_on_ranks.py")
 # Each group of the optimizer has a number of elements that ranks and alignment divide: no padding in any stage.
 SMALL = ["--model.width", "64", "--model.ffn_width", "128", "--model.layers", "1", "--steps", "1"]
 
@@ -40,7 +40,7 @@ def loss_of(printed: str) -> list[float]:
 def test_bytes_by_place(group, tmp_path, ranks):
     printed = ""
     for case in ("zero2", "zero2_cpu", "zero3_cpu"):
-        printed += "\n" + group(ranks)(ON_RANKS.says, SCRIPT, [*SMALL, "--case", case])[0]
+        printed += "\n" + group(ranks)(ON_RANKS.printed, SCRIPT, [*SMALL, "--case", case])[0]
     count, n = parameter_count(printed), ranks
     plain, optimizer_in_host, all_in_host = tables(printed).values()
     # The first step makes Adam's two averages, 8 bytes a parameter, and two step counters of 4 bytes.
@@ -65,9 +65,23 @@ def test_bytes_by_place(group, tmp_path, ranks):
     assert all_in_host["host", "gradients"] == [(4 + 2) * count // n] * 3  # and once more in bf16
     assert {role for place, role in all_in_host if place == "device"} == {"buffers"}
 
+    # Beside the bytes stands what the papers count: their formula, and its value.
+    papers = re.findall(r"^  (?:device|host) +(?:[a-z]+)(?: +[\d,]+){3} +([\d,]+)  (.+)$", printed, re.MULTILINE)
+    values = {"2 Ψ": 2 * count, "2 Ψ/n": 2 * count // n, "12 Ψ/n": 12 * count // n}
+    assert [words for _, words in papers] == [
+        "2 Ψ", "2 Ψ/n", "12 Ψ/n", "2 Ψ", "2 Ψ/n", "12 Ψ/n", "2 Ψ/n", "2 Ψ/n", "12 Ψ/n",
+    ]  # fmt: skip
+    assert all(number(value) == values[words] for value, words in papers)
+
     first, *others = loss_of(printed)
     # bf16: gradients are summed in other buckets, and rounded to 8 bits each time; the loss is about 5.
     assert all(abs(loss - first) <= 2e-2 for loss in others)
+
+
+def test_each_rank_has_its_own_text(group):
+    """Equal text on all ranks would be one sample, computed twice."""
+    one, two = group(2)(ON_RANKS.drawn, SCRIPT, [*SMALL, "--case", "zero2"])
+    assert one != two
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -81,12 +95,14 @@ def test_bad_input(group, options, words):
         assert words in message
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script", ["deepspeed/zero_offload.py", "deepspeed/inference.py"])
-def test_plain_python(launch, script):
-    """One process, which nobody has given a rank: DeepSpeed by itself ends for want of LOCAL_RANK."""
+def test_plain_python(group, script):
+    """One process, to which no launcher has given a rank: DeepSpeed by itself ends for want of LOCAL_RANK."""
+    if script != SCRIPT:
+        group.stop()  # after another engine this one may answer wrongly
     small = [*SMALL, "--case", "zero2"] if script == SCRIPT else ["--model.width", "32", "--tokens", "2"]
-    assert launch(script, *small, nproc=0).returncode == 0
+    (printed,) = group(1)(ON_RANKS.by_plain_python, script, small)
+    assert "tokens, the same: " in printed or parameter_count(printed)
 
 
 def locked_folder(root: Path) -> Path:
@@ -100,6 +116,19 @@ def locked_folder(root: Path) -> Path:
 def nvme(tmp_path, *options, check=True, timeout=60, **environment):
     more = {"DEVICE": "cpu", "TMPDIR": str(tmp_path)} | environment
     return run_command([sys.executable, str(ROOT / SCRIPT), *options], timeout, check, **more)
+
+
+def test_a_build_under_way_is_not_waited_for(group, tmp_path):
+    folder = locked_folder(tmp_path)
+    options = ["--case", "zero3_nvme", *SMALL]
+    with (folder / "lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        ended = group(2)(ON_RANKS.ends, SCRIPT, options, {"TORCH_EXTENSIONS_DIR": str(tmp_path)})
+    assert_refused(ended, "async_io/lock is held: another process is building this extension now")
+    # The lock file of a build that was killed is held by nothing: what is missing is said instead.
+    ended = group(2)(ON_RANKS.ends, SCRIPT, options, {"TORCH_EXTENSIONS_DIR": str(tmp_path)})
+    assert_refused(ended, "async_io")
+    assert all("lock" not in message for _, message in ended)
 
 
 @pytest.mark.slow

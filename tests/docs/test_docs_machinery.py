@@ -188,7 +188,7 @@ def test_verified_table(tmp_path: Path) -> None:
     page(tmp_path, text + generated("verified room"), "room/README.md")
     assert docs.refresh(tmp_path) == []
     table = (tmp_path / "room" / "README.md").read_text()
-    assert "| `echo big` | not run: needs 8 GPUs |" in table and "run by `make test`, not recorded" in table
+    assert "| `echo big` | not run: needs 8 GPUs |" in table and "run by `make test-all`, not recorded" in table
     assert docs.verify(tmp_path, "echo 'a | b'") == []
     table = (tmp_path / "room" / "README.md").read_text()
     assert "| 1 process | torch " in table and "not recorded" not in table
@@ -196,6 +196,22 @@ def test_verified_table(tmp_path: Path) -> None:
     assert os.uname().nodename not in record and str(tmp_path) not in record
     assert docs.check(tmp_path) == []
     assert "no page has the command" in docs.verify(tmp_path, "echo other")[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "expected"),
+    [
+        ("run", "README.md", True),
+        ("run: slow", "README.md", False),
+        ("run: cluster", "README.md", False),
+        ("parse: needs 8 GPUs", "README.md", False),
+        ("run", "room/README.md", False),
+    ],
+)
+def test_make_test_runs_the_front_page_only(tmp_path: Path, options: str, name: str, expected: bool) -> None:
+    text = f"<!-- {options} -->\n```bash\nls\n```\n"
+    (block,) = readme_commands.extract(tmp_path, page(tmp_path, text, name))
+    assert block.in_make_test == expected
 
 
 def test_a_failed_command_is_not_recorded(tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def test_a_missing_task_file_says_what_to_do(room: Path) -> None:
     ("answer", "status", "told"),
     [
         ("    print('look here')\n    return dist.get_rank()\n", "wrong", "0 on rank 0\nexpected: 1\nhint:     all"),
+        ("    return 1 + 6 * dist.get_rank()\n", "wrong", "7 on rank 1\nexpected: 1"),  # rank 0 has it right
         ("    return undefined\n", "crashed", "NameError: name 'undefined' is not defined (line 9: return undefined)"),
         ("    return (\n", "crashed", "SyntaxError"),
         ("    import os\n    os._exit(3)\n", "crashed", "without a word"),

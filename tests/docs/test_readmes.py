@@ -1,4 +1,7 @@
-"""Every command of every page runs, or would at least be understood (rules: tools/readme_commands.py)."""
+"""Every command of every page runs, or would at least be understood (rules: tools/readme_commands.py).
+
+`make test` runs the front page's commands and reads all others; `make test-all` runs those of all pages.
+"""
 
 import sys
 from pathlib import Path
@@ -28,14 +31,14 @@ def _blocks() -> list[Block]:
 BLOCKS = _blocks()
 RUN = [
     pytest.param(
-        block, id=block.where, marks=[pytest.mark.timeout(block.timeout_s + 60), *[pytest.mark.slow] * block.slow]
+        block,
+        id=block.where,
+        marks=[pytest.mark.timeout(block.timeout_s + 60), *[pytest.mark.slow] * (not block.in_make_test)],
     )
     for block in BLOCKS
     if block.kind == "run" and not block.cluster  # those run in tests/slurm/test_readmes_on_cluster.py
 ]
-PARSE = [
-    pytest.param(block, id=block.where) for block in BLOCKS if block.kind == "parse" or block.slow or block.cluster
-]
+PARSE = [pytest.param(block, id=block.where) for block in BLOCKS if not block.in_make_test]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
@@ -47,6 +50,10 @@ def test_every_fence_says_what_becomes_of_it(page: Path) -> None:
 def test_command_runs(block: Block, tmp_path: Path) -> None:
     problem = readme_commands.run_problem(ROOT, block, tmp_path)
     assert problem is None, problem
+
+
+def test_make_test_runs_a_command_of_the_front_page():
+    assert any(block.in_make_test for block in BLOCKS)
 
 
 @pytest.mark.parametrize("block", PARSE)

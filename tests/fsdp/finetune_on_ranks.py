@@ -6,12 +6,9 @@ import io
 import sys
 from pathlib import Path
 
-from rank_worker import starts_its_own_group
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "ddp"))
-
-import cases
+import scripts_on_ranks
 from own_folder import own_folder
+from rank_worker import starts_its_own_group
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "fsdp/finetune.py"
@@ -38,7 +35,7 @@ def double_norms():
 def train(arguments: list[str]) -> None:
     """Run the script on this rank."""
     with double_norms():
-        cases.train(SCRIPT, arguments)
+        scripts_on_ranks.train(SCRIPT, arguments)
 
 
 @starts_its_own_group
@@ -54,15 +51,16 @@ def printed(arguments: list[str]) -> str:
 def train_until(arguments: list[str], steps: int) -> None:
     """Run the script, and tell it to stop when `steps` steps are done."""
     with double_norms():
-        cases.train_until(SCRIPT, arguments, steps)
+        scripts_on_ranks.train_until(SCRIPT, arguments, steps)
 
 
 @starts_its_own_group
 def asked_and_answered(arguments: list[str]) -> tuple[list[str], list[str], list[int]]:
     """Run the script: ids and answers that were scored at the end, and the prompts in each batch of this rank."""
-    from common import question_answering
+    from finetuning import answers as finetuning_answers
+    from finetuning import scores
 
-    score, left_padded = question_answering.score, question_answering.left_padded
+    score, left_padded = scores.score, finetuning_answers.left_padded
     scored, batches = {}, []
 
     def keep(answers, questions):
@@ -73,11 +71,11 @@ def asked_and_answered(arguments: list[str]) -> tuple[list[str], list[str], list
         batches.append(len(prompts))
         return left_padded(prompts, *rest)
 
-    question_answering.score, question_answering.left_padded = keep, count
+    scores.score, finetuning_answers.left_padded = keep, count
     try:
         train(arguments)
     finally:
-        question_answering.score, question_answering.left_padded = score, left_padded
+        scores.score, finetuning_answers.left_padded = score, left_padded
     return *scored["all"], batches
 
 
@@ -87,7 +85,7 @@ def ends_without(package: str, arguments: list[str]) -> tuple[int, str]:
     kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == package}
     sys.modules[package] = None
     try:
-        return cases.ends(SCRIPT, arguments)
+        return scripts_on_ranks.ends(SCRIPT, arguments)
     finally:
         del sys.modules[package]
         sys.modules.update(kept)
@@ -108,9 +106,10 @@ def counted(path: str) -> tuple[int, int]:
     import torch.distributed as dist
 
     from common.data_sharding import BatchConfig, BatchPlan, Loader
-    from common.question_answering import QuestionDataset, load_tokenizer, read_questions
+    from finetuning.squad import read_questions
+    from finetuning.tokens import QuestionDataset, load_tokenizer
 
-    dataset = QuestionDataset(read_questions(path), load_tokenizer(None), 80, keep_answer=True)
+    dataset = QuestionDataset(read_questions(path), load_tokenizer(None), 80, training=True)
     plan = BatchPlan(BatchConfig(48, 4), len(dataset), 1234, dist.get_rank(), dist.get_world_size())
     micro_batches = list(Loader(dataset, plan, torch.device("cpu")).micro_batches(0))
     mine = sum(int((targets != -100).sum()) for (_, targets), _ in micro_batches)

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from launching import SCRIPTS
+from launching import SCRIPTS, assert_refused
 
 SCRIPT = "fsdp/basics.py"
 # Two layers of width 32: 3 and 4 ranks divide neither 50 nor, for 3, 32. Bytes do not depend on the sequence.
@@ -18,8 +18,14 @@ def read_table(output: str) -> dict[str, list[int]]:
     return {moment.strip(): [int(value.replace(",", "")) for value in values.split()] for moment, values in rows}
 
 
-@pytest.mark.parametrize("options", [[], ["--model.tied", "true"], ["--model.layers", "1"]], ids=" ".join)
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize(("ranks", "options"), [
+    (2, ["--model.tied", "true"]),
+    (3, []),
+    (3, ["--model.layers", "1"]),
+    *(pytest.param(*rest, marks=pytest.mark.slow) for rest in (
+        (2, []), (2, ["--model.layers", "1"]), (3, ["--model.tied", "true"]),
+        (4, []), (4, ["--model.tied", "true"]), (4, ["--model.layers", "1"]))),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
 def test_every_byte_is_as_predicted(group, ranks, options):
     """The script compares every number itself; padding at 3 and 4 ranks, a tied head, one block that is both ends."""
     for code, text in group(ranks)(SCRIPTS.ends, SCRIPT, [*SMALL, *options]):
@@ -27,9 +33,9 @@ def test_every_byte_is_as_predicted(group, ranks, options):
         assert "error: " not in text
 
 
-def test_the_table_in_numbers_of_its_own(launch):
+def test_the_table_in_numbers_of_its_own(group):
     """Bytes worked out here, from the shapes alone, not by the script's formula; two ranks divide everything."""
-    output = launch(SCRIPT, *SMALL, nproc=2).stdout
+    output = group(2)(SCRIPTS.printed, SCRIPT, SMALL)[0]
     table = read_table(output)
     root, everything = 2 * EMBEDDING + NORM, 2 * EMBEDDING + NORM + 3 * BLOCK
     # columns: shards, whole (FULL_SHARD, SHARD_GRAD_OP), gradient shards, whole gradients, AdamW, in transit
@@ -49,15 +55,15 @@ def test_the_table_in_numbers_of_its_own(launch):
     assert "Every byte and every collective is as the formula says, on all ranks." in output
 
 
-def test_hybrid(launch):
+def test_hybrid(group):
     """Two copies on four ranks: each rank holds what it would on two, and all-reduces a shard of each unit."""
-    output = launch(SCRIPT, *SMALL, "--fsdp.replicate", "2", nproc=4).stdout
+    output = group(4)(SCRIPTS.printed, SCRIPT, [*SMALL, "--fsdp.replicate", "2"])[0]
     assert read_table(output)["after sharding"][0] == (2 * EMBEDDING + NORM + 3 * BLOCK) // 2
     assert "FULL_SHARD: 7 all-gathers (1 + 2 × 3 blocks), 4 reduce-scatters (1 + 3), 4 all-reduces" in output
 
 
-def test_one_strategy_alone(launch):
-    output = launch(SCRIPT, *SMALL, "--fsdp.reshard_after_forward", "false", nproc=2).stdout
+def test_one_strategy_alone(group):
+    output = group(2)(SCRIPTS.printed, SCRIPT, [*SMALL, "--fsdp.reshard_after_forward", "false"])[0]
     assert "SHARD_GRAD_OP: 4 all-gathers" in output
     assert "FULL_SHARD: 7" not in output
 
@@ -71,15 +77,19 @@ def test_one_strategy_alone(launch):
      "predict = lesson.predict\n"
      "lesson.predict = lambda model, reshard, *rest: predict(model, not reshard, *rest)", "all-gathers"),
     # Gradients that are never sent.
-    ("step = lesson.initialise\n"
-     "lesson.initialise = lambda model, s: (step(model, s), model.set_requires_gradient_sync(False))",
+    ("step = lesson.fill_shards\n"
+     "lesson.fill_shards = lambda model, s: (step(model, s), model.set_requires_gradient_sync(False))",
      "of gradient shards"),
-], ids=["one unit", "other strategy", "no sync"])  # fmt: skip
+    # What one rank alone finds ends all.
+    ("lesson.predict = lambda model, reshard, copies, ranks, predict=lesson.predict: predict(\n"
+     "    model, reshard, 1 + ranks.rank, ranks)", "[rank 1] FULL_SHARD, after sharding"),
+], ids=["one unit", "other strategy", "no sync", "rank 1"])  # fmt: skip
 def test_the_script_fails_when_it_finds_something_else(group, tmp_path, mistake, words):
     broken = tmp_path / "broken.py"
     broken.write_text(
         "import sys\n"
         "sys.path.insert(0, 'fsdp')\n"
+        "sys.modules.pop('basics', None)\n"  # with the mistake of the test before
         "import basics as lesson\n"
         "from torch.distributed.fsdp import fully_shard as torch_fully_shard\n"
         f"{mistake}\n"
@@ -106,7 +116,5 @@ def test_mistakes_end_in_one_line(group, arguments, words):
         assert text.count("error: ") == 1, text
 
 
-def test_one_process_is_told_how_to_start_several(launch):
-    ended = launch(SCRIPT, nproc=0, check=False)
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("error: one process has nobody to share with; use torchrun")
+def test_one_process_is_told_how_to_start_several(group):
+    assert_refused(group(1)(SCRIPTS.ends, SCRIPT, []), "error: one process has nobody to share with; use torchrun")

@@ -13,6 +13,7 @@ from equality import SMALL, read_checkpoint
 from launching import SCRIPTS
 from safetensors.torch import load_file
 
+from common.data_sharding import derive_seed
 from common.transformer import ModelConfig, Transformer
 
 SCRIPT = "fsdp/checkpoint.py"
@@ -65,6 +66,18 @@ def test_the_three_kinds_hold_the_same_state(saved):
     assert f"is the state before them: {fingerprint(weights_of(folder))}" in output
 
 
+def test_the_step_is_that_of_all_ranks_samples(saved):
+    """Each rank draws other samples; the averages of AdamW after one step are 0.1 times the mean gradient."""
+    model = Transformer(CONFIG, seed=1234)
+    for rank in range(3):
+        text = torch.randint(256, (2, 65), generator=torch.Generator().manual_seed(derive_seed(1234, 0, rank)))
+        (model(text[:, :-1], text[:, 1:]) / (3 * text[:, 1:].numel())).backward()
+    state = read_checkpoint(saved[0], 1)
+    for name, parameter in model.named_parameters():
+        found = state[f"optimizer.state.{name}.exp_avg"] / 0.1
+        torch.testing.assert_close(found, parameter.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
 def test_bytes_by_rank(saved):
     folder, output = saved
     state = 4 * 3 * sum(tensor.numel() for tensor in weights_of(folder).values())  # weights and AdamW's averages, fp32
@@ -78,7 +91,7 @@ def test_bytes_by_rank(saved):
         assert max(each) < 0.6 * sum(each), each  # a third of the state each, beside names and what is not cut
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_loads_at_any_number_of_ranks(group, saved, ranks):
     folder, _ = saved
     output = group(ranks)(SCRIPTS.printed, SCRIPT, ["load", str(folder)])[0]
@@ -89,15 +102,42 @@ def test_loads_at_any_number_of_ranks(group, saved, ranks):
     assert sum(mine) == 4 * 3 * sum(tensor.numel() for tensor in weights_of(folder).values())
 
 
+def test_copies_are_no_matter_of_the_next_run(group, tmp_path):
+    """Saved by two copies of the model, loaded by 3 ranks, which cannot hold two."""
+    folder = str(tmp_path / "run")
+    group(2)(SCRIPTS.train, SCRIPT, ["save", "--output", folder, *MODEL, "--fsdp.replicate", "2"])
+    output = group(3)(SCRIPTS.printed, SCRIPT, ["load", folder])[0]
+    assert f"weights {fingerprint(weights_of(tmp_path / 'run'))}\n" in output
+
+
+def test_a_wrong_asynchronous_checkpoint_is_noticed(group, tmp_path):
+    """Where nothing is read back, what is compared at the end is the state of the steps after it."""
+    broken = tmp_path / "broken.py"
+    broken.write_text(
+        "import sys\n"
+        "sys.path.insert(0, 'fsdp')\n"
+        "sys.modules.pop('checkpoint', None)\n"
+        "import checkpoint as lesson\n"
+        "load, lesson.dcp.load = lesson.dcp.load, lambda state, **options: None\n"
+        "try:\n"
+        "    lesson.main()\n"
+        "finally:\n"
+        "    lesson.dcp.load = load\n"
+    )
+    for message, _ in group(2)(SCRIPTS.ends, str(broken), ["save", "--output", str(tmp_path / "run"), *MODEL]):
+        assert "error: the asynchronous checkpoint holds" in message
+
+
 def test_the_fingerprint_tells_weights_apart(group, saved, tmp_path):
     output = group(2)(SCRIPTS.printed, SCRIPT, ["save", "--output", str(tmp_path / "other"), *MODEL, "--seed", "5"])[0]
     assert fingerprint(weights_of(tmp_path / "other")) in output
     assert fingerprint(weights_of(saved[0])) not in output
 
 
-def test_export_is_bit_equal_and_transformers_reads_it(launch, saved, tmp_path):
+def test_export_is_bit_equal_and_transformers_reads_it(group, saved, tmp_path):
     folder, _ = saved
-    output = launch(SCRIPT, "export", folder, "--output", tmp_path / "weights" / "model.safetensors", nproc=0).stdout
+    target = str(tmp_path / "weights" / "model.safetensors")
+    [output] = group(1)(SCRIPTS.printed, SCRIPT, ["export", str(folder), "--output", target])
     weights = weights_of(folder)
     assert f"weights {fingerprint(weights)}" in output
     assert sorted(p.name for p in (tmp_path / "weights").iterdir()) == ["config.json", "model.safetensors"]
@@ -117,12 +157,13 @@ def test_export_is_bit_equal_and_transformers_reads_it(launch, saved, tmp_path):
         torch.testing.assert_close(model(tokens), reference(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_exports_what_the_training_saved(group, launch, tmp_path):
+def test_exports_what_the_training_saved(group, tmp_path):
     """A run of fsdp/train.py, in fp64, with a tied head; under another name it leaves other files alone."""
     arguments = [*SMALL, "--train.steps", "2", "--train.precision", "fp64", "--model.tied", "true"]
     group(2)(SCRIPTS.train, "fsdp/train.py", [*arguments, "--runs_dir", str(tmp_path), "--run_name", "run"])
     (tmp_path / "model.safetensors").write_text("somebody else's")
-    launch(SCRIPT, "export", tmp_path / "run", "--output", tmp_path / "mine.safetensors", nproc=0)
+    export = ["export", str(tmp_path / "run"), "--output", str(tmp_path / "mine.safetensors")]
+    group(1)(SCRIPTS.train, SCRIPT, export)
     exported, weights = load_file(tmp_path / "mine.safetensors"), weights_of(tmp_path / "run", 2)
     assert "lm_head.weight" not in exported
     assert exported["model.embed_tokens.weight"].dtype == torch.float64

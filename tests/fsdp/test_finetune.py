@@ -3,18 +3,22 @@
 import itertools
 import json
 import re
+import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from equality import largest_difference, read_checkpoint
+from equality import STEPS, largest_difference, read_checkpoint
 from launching import SCRIPTS, OnRanks
 from safetensors.torch import load_file
 
 from common.data_sharding import BatchConfig, BatchPlan
 from common.optimizer import OptimizerConfig, build_optimizer, learning_rate, set_learning_rate
-from common.question_answering import f1, load_tokenizer, normalise, read_questions
+from finetuning.scores import f1
+from finetuning.squad import normalize, read_questions
+from finetuning.tokens import load_tokenizer
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from finetune_on_ranks import double_norms
@@ -22,7 +26,7 @@ from finetune_on_ranks import double_norms
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "fsdp/finetune.py"
 ON_RANKS = OnRanks("tests/fsdp/finetune_on_ranks.py")
-STEPS = 20
+TRAFFIC = OnRanks("tests/support/traffic.py")
 LORA = ["--lora.rank", "3", "--lora.alpha", "6"]
 OPTIMIZER = OptimizerConfig(lr=0.02, warmup_steps=3)
 
@@ -181,12 +185,20 @@ def test_one_rank_is_the_plain_loop(one, reference, lora):
         for name, value in b.items():
             assert abs(a[name] - value) <= (1e-11 if name == "grad_norm" else 1e-12), (name, a, b)
     assert largest_difference(weights(run), final) <= 1e-12
-    assert expected[-2]["loss"] < expected[0]["loss"] - 1  # it learned something: equal is not zero
+    assert expected[-2]["loss"] < expected[0]["loss"] - (
+        1 if STEPS == 20 else 0.1
+    )  # it learned something: equal is not zero
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("ranks", "accumulation", "lora"), [
+    (2, 4, False),
+    (3, 1, False),
+    (2, 1, True),
+    (3, 4, True),
+    *(pytest.param(*rest, marks=pytest.mark.slow) for rest in (
+        (2, 1, False), (3, 4, False), (2, 4, True), (3, 1, True),
+        (4, 1, False), (4, 4, False), (4, 1, True), (4, 4, True))),
+])  # fmt: skip
 def test_fp64_is_the_proof(group, one, places, tmp_path, ranks, accumulation, lora):
     """3 divides neither the width nor LoRA's rank evenly among ranks: some shards are padded, some empty."""
     options = LORA if lora else []
@@ -207,7 +219,10 @@ def test_every_option(group, one, places, tmp_path, options):
     assert_same(one(*(LORA if LORA[0] in options else [])), tmp_path / "many")
 
 
-@pytest.mark.parametrize("options", [[], ["--lora.rank", "2", "--lora.targets", "[c_attn]"]], ids=["full", "lora"])
+@pytest.mark.parametrize("options", [
+    [],
+    pytest.param(["--lora.rank", "2", "--lora.targets", "[c_attn]"], marks=pytest.mark.slow),
+], ids=["full", "lora"])  # fmt: skip
 def test_another_architecture(group, one, places, tmp_path, options):
     """GPT-2: other names, learned positions, a beginning token, dropout at 0.
 
@@ -217,6 +232,50 @@ def test_another_architecture(group, one, places, tmp_path, options):
     options = [*options, "--optimizer.name", "sgd"]
     group(3)(ON_RANKS.train, arguments(places, tmp_path, "many", *options, model="gpt2"))
     assert_same(one(*options, model="gpt2"), tmp_path / "many")
+
+
+def test_an_evaluation_leaves_training_as_it_was(group, places, tmp_path):
+    """With dropout: what follows an evaluation would be another training if dropout stayed off."""
+    config = json.loads((places / "gpt2" / "config.json").read_text())
+    shutil.copytree(places / "gpt2", tmp_path / "dropout")
+    (tmp_path / "dropout" / "config.json").write_text(json.dumps(config | {"resid_pdrop": 0.5}))
+    for every in ("0", "1"):
+        options = ["--train.steps", "3", "--train.eval_every", every, "--export", "false"]
+        given = arguments(places, tmp_path, every, *options, "--model_path", str(tmp_path / "dropout"))
+        group(2)(ON_RANKS.train, given)
+    losses = [[row["loss"] for row in rows(tmp_path / every) if "loss" in row] for every in ("0", "1")]
+    assert losses[0] == losses[1]
+    group(2)(ON_RANKS.train, arguments(places, tmp_path, "without", *options, model="gpt2"))
+    assert losses[0] != [row["loss"] for row in rows(tmp_path / "without") if "loss" in row]
+
+
+@pytest.mark.parametrize(("lora", "reductions"), [(False, 3), (True, 2)], ids=["full", "lora"])
+def test_messages_of_a_step(group, places, tmp_path, lora, reductions):
+    """Gradients are reduced in the last of four micro-batches alone; with LoRA the root unit has none."""
+    options = ["--batch.micro_size", "6", "--train.steps", "2", *(LORA if lora else [])]
+    given = arguments(places, tmp_path, "run", *options, "--train.precision", "bf16")
+    for steps in group(2)(TRAFFIC.of_steps, SCRIPT, given):
+        for messages in steps[:1]:  # the second holds the evaluation, too
+            sent = Counter((name, dtype) for name, _, dtype, _ in messages)
+            assert sent["allgather_base", "bfloat16"] == 4 * (1 + 2 * 2)
+            assert sent["reduce_scatter_base", "float32"] == reductions
+            assert sent["reduce_scatter_base", "bfloat16"] == 0
+            assert sent["allreduce", "int64"] == 1  # the tokens that count
+            assert sent["allreduce", "float64"] == 1  # the loss
+
+
+def test_fp16_goes_on_with_its_scale(group, places, tmp_path):
+    """The scaler's factor and its count of good steps are state: without them this resume would differ, bit by bit."""
+    options = ["--train.steps", "4", "--train.precision", "fp16", "--export", "false", *LORA]
+    whole, cut = (arguments(places, tmp_path, name, *options) for name in ("whole", "cut"))
+    group(2)(ON_RANKS.train, whole)
+    group(2)(ON_RANKS.train_until, cut, 2)
+    group(2)(ON_RANKS.train, cut)
+    manifests = [tmp_path / name / "checkpoints" / "step_4" / "manifest.json" for name in ("whole", "cut")]
+    scalers = [json.loads(path.read_text())["extra"]["scaler"] for path in manifests]
+    assert scalers[0] == scalers[1]
+    assert scalers[0]["_growth_tracker"] > 2 or scalers[0]["scale"] < 65536, "the start's state would pass as well"
+    assert largest_difference(*(read_checkpoint(tmp_path / name, 4) for name in ("whole", "cut"))) == 0
 
 
 def test_the_random_model_is_the_same_on_any_ranks(group, places, tmp_path):
@@ -229,12 +288,12 @@ def test_the_random_model_is_the_same_on_any_ranks(group, places, tmp_path):
 
 def test_bf16_trains(group, one, places, tmp_path):
     """The policy computes in bf16: 3e-2 is some twenty roundings of 2^-9 of a loss of 5; weights stay in fp32."""
-    options = ["--train.precision", "bf16", "--train.activation_checkpointing", "true"]
+    options = ["--train.precision", "bf16", "--train.activation_checkpointing", "true", "--train.steps", "20"]
     group(2)(ON_RANKS.train, arguments(places, tmp_path, "low", *options))
     low, exact = rows(tmp_path / "low"), rows(one())
     assert 0 < abs(low[0]["loss"] - exact[0]["loss"]) < 3e-2
     assert low[-2]["loss"] < low[0]["loss"] - 1
-    assert {tensor.dtype for tensor in weights(tmp_path / "low").values()} == {torch.float32}
+    assert {tensor.dtype for tensor in weights(tmp_path / "low", 20).values()} == {torch.float32}
 
 
 def test_frozen_weights_stay_and_are_not_saved(one):
@@ -317,7 +376,7 @@ def test_every_question_is_answered_once(group, places, tmp_path):
     """Whatever the ranks, the same answers in the same order; ranks without a question take part in the last batch."""
     found, scores = {}, {}
     for ranks, micro in ((1, 3), (2, 2), (3, 2)):
-        options = ["--batch.micro_size", str(micro), "--export", "false", "--train.steps", "12"]
+        options = ["--batch.micro_size", str(micro), "--export", "false", "--train.steps", "4"]
         results = group(ranks)(ON_RANKS.asked_and_answered, arguments(places, tmp_path, f"on{ranks}", *options))
         ids, answers, _ = results[0]
         assert ids == [str(number) for number in range(53, 60)]
@@ -334,7 +393,7 @@ def test_every_question_is_answered_once(group, places, tmp_path):
     assert len(set(map(len, found[1]))) > 1  # they end at different tokens
     data = read_questions(str(places / "validation.json"))
     golds = [(q.answers or ("",))[0] for q in data]
-    exact = sum(normalise(a) == normalise(g) for a, g in zip(found[1], golds, strict=True))
+    exact = sum(normalize(a) == normalize(g) for a, g in zip(found[1], golds, strict=True))
     assert scores[1] == scores[2] == scores[3]
     assert scores[1]["exact_match"] == pytest.approx(100 * exact / 7)
     assert scores[1]["f1"] == pytest.approx(100 * sum(map(f1, found[1], golds)) / 7)
@@ -346,8 +405,9 @@ def test_every_question_is_answered_once(group, places, tmp_path):
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_resume_on_other_ranks(group, one, places, tmp_path, lora):
     options = LORA if lora else []
-    group(2)(ON_RANKS.train_until, arguments(places, tmp_path, "many", *options), 10)
-    assert len(rows(tmp_path / "many")) == 10
+    group(2)(ON_RANKS.train_until, arguments(places, tmp_path, "many", *options), STEPS // 2)
+    assert len(rows(tmp_path / "many")) == STEPS // 2
+    assert not (tmp_path / "many" / "exported").exists()  # not before all steps are done
     group(3)(ON_RANKS.train, arguments(places, tmp_path, "many", *options))
     assert_same(one(*options), tmp_path / "many")
 
@@ -427,8 +487,6 @@ def test_a_finished_training_is_exported_later(group, places, tmp_path):
 
 def broken(places, tmp_path, what):
     """A folder like the model's with something missing or damaged, or a file of questions likewise."""
-    import shutil
-
     folder = tmp_path / "model"
     shutil.copytree(places / "llama", folder)
     if what == "cut":

@@ -1,5 +1,6 @@
 """Runs whose ranks die, stop or are started twice: what was committed goes on, and nothing else is ever loaded."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,8 +10,9 @@ import time
 import psutil
 import pytest
 from equality import SMALL, largest_difference, read_checkpoint, read_rows
-from launching import ROOT, SCRIPTS, clean_environment, kill_tree, run_command
+from launching import ROOT, SCRIPTS, OnRanks, assert_refused, clean_environment, kill_tree, run_command
 
+ON_RANKS = OnRanks("tests/fsdp/fsdp_on_ranks.py")
 SCRIPT, STEPS = "fsdp/train.py", 12
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
@@ -53,6 +55,7 @@ def dies_once(tmp_path):
     return str(tmp_path / "dies_once.py")
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_rank_that_died(undisturbed, dies_once, tmp_path):
     """All ranks are started again, and go on from the checkpoint: the training of nobody who died."""
     store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "DEVICE": "cpu"}
@@ -62,6 +65,7 @@ def test_torchrun_restarts_a_rank_that_died(undisturbed, dies_once, tmp_path):
     assert_same(undisturbed, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_restart_with_the_old_store_says_so(dies_once, tmp_path):
     command = [*TORCHRUN, "--max-restarts=1", dies_once, *arguments(tmp_path, "run")]
     result = run_command(command, 120, check=False, DEVICE="cpu")
@@ -71,34 +75,70 @@ def test_a_restart_with_the_old_store_says_so(dies_once, tmp_path):
     assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in errors[0]
 
 
-def test_a_restart_needs_the_name_of_the_run(tmp_path):
+def test_a_restart_needs_the_name_of_the_run(group, tmp_path):
     options = arguments(tmp_path, "run")[:-2]
-    result = run_command([*TORCHRUN, "--max-restarts=1", SCRIPT, *options], 120, check=False, DEVICE="cpu")
-    assert result.returncode == 1
-    assert "--max-restarts=1 without --run_name" in result.stderr
+    answers = group(2)(ON_RANKS.ends_with, {"TORCHELASTIC_MAX_RESTARTS": "1"}, SCRIPT, options)
+    assert_refused(answers, "--max-restarts=1 without --run_name")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_leftover_that_wakes_up_ends_itself(undisturbed, tmp_path):
+@pytest.fixture
+def stops_in_a_save(tmp_path):
+    """`stops_in_a_save("before")`: a script whose ranks stop themselves in the save of step 4, before they write."""
+
+    def write(place):
+        text = (
+            "import os, runpy, signal, sys\n"
+            "import torch.distributed.checkpoint as dcp\n"
+            f"sys.path.insert(0, {str(ROOT / 'fsdp')!r})\n"
+            "write = dcp.save\n"
+            "def stop(writer, place):\n"
+            f"    if 'step_4' in str(writer.path) and place == {place!r}:\n"
+            f"        with open(os.path.join({str(tmp_path)!r}, 'stopped-' + os.environ['RANK']), 'w') as file:\n"
+            "            file.write(str(os.getpid()))\n"
+            "        os.kill(os.getpid(), signal.SIGSTOP)\n"
+            "def write_or_stop(state, *, storage_writer):\n"
+            "    stop(storage_writer, 'before')\n"
+            "    write(state, storage_writer=storage_writer)\n"
+            "    stop(storage_writer, 'after')\n"
+            "dcp.save = write_or_stop\n"
+            f"runpy.run_path({str(ROOT / SCRIPT)!r}, run_name='__main__')\n"
+        )
+        (tmp_path / "stops.py").write_text(text)
+        return str(tmp_path / "stops.py")
+
+    return write
+
+
+def stopped(path):
+    """The process whose number stands in the file, as soon as it has stopped."""
+    text = path.read_text() if path.exists() else ""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if text and (process := psutil.Process(int(text))).status() == psutil.STATUS_STOPPED:
+            return process
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_leftover_that_wakes_up_ends_itself(group, undisturbed, stops_in_a_save, tmp_path, place):
     """All processes of an attempt stop while they write a checkpoint, as on a node that hangs; another one finishes the
-    run, and then the first ones go on."""
-    command, run = [*TORCHRUN, SCRIPT, *arguments(tmp_path, "run")], tmp_path / "run"
+    run, and removes what was begun; then the first ones go on."""
+    run = tmp_path / "run"
+    command = [*TORCHRUN, stops_in_a_save(place), *arguments(tmp_path, "run")]
     first = subprocess.Popen(command, cwd=ROOT, env=clean_environment(DEVICE="cpu"), stdin=subprocess.DEVNULL,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
     try:
         deadline = time.monotonic() + 120
-        while not any(not (p.parent / "manifest.json").exists() for p in run.glob("checkpoints/step_[2-8]/shards-*")):
+        while not all(family := [stopped(tmp_path / f"stopped-{rank}") for rank in range(2)]):
             assert first.poll() is None, first.communicate()[1]
-            assert time.monotonic() < deadline, "no checkpoint was begun"
-            time.sleep(0.001)
-        family = [*psutil.Process(first.pid).children(recursive=True), psutil.Process(first.pid)]
-        for process in family:
-            os.kill(process.pid, signal.SIGSTOP)
-        assert len(list(run.glob("checkpoints/step_*/manifest.json"))) < STEPS // 2
-        run_command(command, 120, DEVICE="cpu")
+            assert time.monotonic() < deadline, "the ranks did not stop"
+            time.sleep(0.01)
+        os.kill(first.pid, signal.SIGSTOP)
+        group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "run"))
         before = {path: path.stat().st_mtime_ns for path in run.glob("checkpoints/step_*/manifest.json")}
-        for process in family:
-            os.kill(process.pid, signal.SIGCONT)
+        for number in (*(process.pid for process in family), first.pid):
+            os.kill(number, signal.SIGCONT)
         _, errors = first.communicate(timeout=120)
     finally:
         kill_tree(first)

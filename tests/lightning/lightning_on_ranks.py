@@ -4,28 +4,19 @@ import contextlib
 import io
 import os
 import runpy
+import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ended_together import leave_together
 from own_folder import own_folder
 from rank_worker import starts_its_own_group
+from variables import PLAIN_PYTHON, variables, without_package
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = "lightning/train.py"
-
-
-@contextlib.contextmanager
-def same_environment() -> Iterator[None]:
-    """The group's variables as they were: Lightning takes WORLD_SIZE away when it ends."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 @starts_its_own_group
@@ -33,22 +24,72 @@ def train(arguments: list[str], script: str = SCRIPT) -> None:
     """Run a script as it stands, with these arguments, on this rank."""
     path = ROOT / script
     sys.argv = [str(path), *arguments]
-    with own_folder(path), same_environment():
+    with own_folder(path), variables({}):  # Lightning takes WORLD_SIZE away when it ends
         runpy.run_path(str(path), run_name="__main__")
 
 
 @starts_its_own_group
-def ends(arguments: list[str], script: str = SCRIPT) -> tuple[int, str]:
-    """The same for a run that must end with a message: its exit code, and what it wrote to stderr."""
+def printed(arguments: list[str], script: str = SCRIPT, changes: dict[str, str | None] | None = None) -> str:
+    """The same, with some environment variables changed; what it printed."""
+    stdout = io.StringIO()
+    with contextlib.redirect_stdout(stdout), variables(changes or {}):
+        train(arguments, script)
+    return stdout.getvalue()
+
+
+@starts_its_own_group
+def terminated(arguments: list[str], step: int, script: str = SCRIPT) -> bool:
+    """Run it, with a SIGTERM for rank 1 at `step`; whether the handler of before is back at the end."""
+    from common.run import Run
+
+    handler, log = signal.getsignal(signal.SIGTERM), Run.log
+
+    def log_and_signal(self, at, *rest):
+        if at == step and self.ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        log(self, at, *rest)
+
+    Run.log = log_and_signal
+    try:
+        train(arguments, script)
+    finally:
+        Run.log = log
+    return signal.getsignal(signal.SIGTERM) is handler
+
+
+@starts_its_own_group
+def ends(arguments: list[str], script: str = SCRIPT, changes: dict[str, str | None] | None = None) -> tuple[int, str]:
+    """The same for a run that must end with a message: its exit code, and what it wrote to stderr.
+
+    changes: to the environment; None removes a variable.
+    """
     stderr, code = io.StringIO(), 0
-    with contextlib.redirect_stderr(stderr):
+    with contextlib.redirect_stderr(stderr), variables(changes or {}):
         try:
             train(arguments, script)
         except SystemExit as ended:
             code = ended.code
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_together()
     return code, stderr.getvalue()
+
+
+@starts_its_own_group
+def ends_without_the_package(script: str) -> tuple[int, str]:
+    """The same where the package lightning is not installed: importing it would raise."""
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "lightning"}
+    sys.modules["lightning.pytorch"] = sys.modules["lightning.fabric"] = None
+    try:
+        with without_package("lightning"):
+            return ends([], script, PLAIN_PYTHON)
+    finally:
+        del sys.modules["lightning.pytorch"], sys.modules["lightning.fabric"]
+        sys.modules.update(hidden)
+
+
+@starts_its_own_group
+def ends_by_plain_python(arguments: list[str], script: str = SCRIPT, **changes: str) -> tuple[int, str]:
+    """The same on one rank that no launcher has started."""
+    return ends(arguments, script, PLAIN_PYTHON | changes)
 
 
 @starts_its_own_group
@@ -60,7 +101,7 @@ def train_until(arguments: list[str], steps: int, script: str = SCRIPT) -> None:
 
     def log_and_stop(self, step, *rest):
         if step == steps - 2:  # the wish travels with this step's numbers and is read with the next one's
-            self._stop_requested.set()
+            self.stop_request.request()
         log(self, step, *rest)
 
     Run.log = log_and_stop
@@ -117,7 +158,7 @@ def held(arguments: list[str]) -> dict[str, object]:
     def local(tensor):
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
-    seen, save = {}, Run.save_if_due
+    seen, save = {}, Run.end_step
 
     def noted(self, step, model, optimizer, scaler):
         query = model.blocks["0"].attention.query.weight
@@ -130,11 +171,11 @@ def held(arguments: list[str]) -> dict[str, object]:
         )
         save(self, step, model, optimizer, scaler)
 
-    Run.save_if_due = noted
+    Run.end_step = noted
     try:
         train(arguments)
     finally:
-        Run.save_if_due = save
+        Run.end_step = save
     return seen
 
 
@@ -145,7 +186,7 @@ def train_changed(arguments: list[str], text: str, other: str) -> None:
     source = path.read_text()
     assert source.count(text) == 1
     sys.argv = [str(path), *arguments]
-    with own_folder(path), same_environment():
+    with own_folder(path), variables({}):
         exec(compile(source.replace(text, other), SCRIPT, "exec"), {"__name__": "__main__"})
 
 
@@ -162,7 +203,7 @@ def logged_mean(samples: int) -> float:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     mine = DataLoader(torch.ones(len(range(rank, samples, ranks)), 1), batch_size=4)
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    with same_environment():
+    with variables({}):
         trainer = Trainer(accelerator="cpu", devices=ranks, strategy="ddp", use_distributed_sampler=False, **options)
         (found,) = trainer.validate(Ones(), mine, verbose=False)
         dist.destroy_process_group()
@@ -170,7 +211,7 @@ def logged_mean(samples: int) -> float:
 
 
 @starts_its_own_group
-def communication(arguments: list[str], hold_back: bool = True) -> dict[str, int]:
+def communication(arguments: list[str], hold_back: bool = True, script: str = SCRIPT) -> dict[str, int]:
     """Run it, and count what travels while Lightning trains: reductions of gradients, and Lightning's broadcasts.
 
     hold_back: False takes away what holds FSDP's reductions back until the last micro-batch.
@@ -200,8 +241,46 @@ def communication(arguments: list[str], hold_back: bool = True) -> dict[str, int
     if not hold_back:
         FSDPModule.set_requires_gradient_sync = lambda *_: None
     try:
-        train(arguments)
+        train(arguments, script)
     finally:
         DistributedDataParallel.forward, param_group.foreach_reduce, dist.broadcast = forward, reduce, broadcast
         FSDPModule.set_requires_gradient_sync = holding
     return counts
+
+
+@starts_its_own_group
+def reduced_in(arguments: list[str]) -> set[torch.dtype]:
+    """Run it; the dtypes of the gradients that FSDP sends."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    seen = set()
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "c10d" and "reduce_scatter" in function._schema.name:
+                seen.update(x.dtype for x in tree_leaves(args) if isinstance(x, torch.Tensor))
+            return function(*args, **(kwargs or {}))
+
+    with Watching():
+        train(arguments)
+    return seen
+
+
+@starts_its_own_group
+def attention_calls(arguments: list[str]) -> int:
+    """Run it; how often the attention of a block was computed while the gradients were needed."""
+    from common.transformer import Attention
+
+    calls, forward = [], Attention.forward
+
+    def noted(self, *inputs, **named):
+        calls.append(self.training and torch.is_grad_enabled())
+        return forward(self, *inputs, **named)
+
+    Attention.forward = noted
+    try:
+        train(arguments)
+    finally:
+        Attention.forward = forward
+    return sum(calls)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from equality import SMALL
-from launching import ROOT, OnRanks, clean_environment, run_command, whose_rank_1_dies
+from launching import ROOT, OnRanks, clean_environment, whose_rank_1_dies
 from own_folder import own_folder
 
 from common import config
@@ -49,15 +49,11 @@ def test_one_line_on_every_rank(group, tmp_path, arguments, words):
         assert "Traceback" not in text
 
 
-def one_line(result) -> str:
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stderr
-    (line,) = [line for line in result.stderr.splitlines() if "error: " in line]
-    return line
-
-
-def test_config_file_that_does_not_exist(launch):
-    line = one_line(launch(SCRIPT, nproc=0, env={"CONFIG_FILE": "lightning/configs/dpp.json"}, check=False))
+def test_config_file_that_does_not_exist(group):
+    changes = {"CONFIG_FILE": "lightning/configs/dpp.json"}
+    ((code, text),) = group(1)(ON_RANKS.ends, [], SCRIPT, changes)
+    assert code == 2 and "Traceback" not in text
+    (line,) = [line for line in text.splitlines() if "error: " in line]
     assert "CONFIG_FILE=lightning/configs/dpp.json: there is no such file" in line
     assert "ddp.json" in line
 
@@ -198,26 +194,16 @@ def test_which_settings_win(monkeypatch, tmp_path, script, arguments, seed):
 
 
 @pytest.mark.parametrize("script", ALL_SCRIPTS)
-def test_without_the_package_one_line_says_what_to_install(tmp_path, script):
+def test_without_the_package_one_line_says_what_to_install(group, script):
     """The folder lightning/ would be imported in its place, as an empty package."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\n"
-        "from importlib import metadata\n"
-        "version = metadata.version\n"
-        "def without(name):\n"
-        "    if name == 'lightning':\n"
-        "        raise metadata.PackageNotFoundError(name)\n"
-        "    return version(name)\n"
-        "metadata.version = without\n"
-        "sys.modules['lightning.pytorch'] = sys.modules['lightning.fabric'] = None\n"  # importing them raises
-    )
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    result = run_command([sys.executable, script], 60, check=False, PYTHONPATH=path)
-    assert result.returncode == 2
-    (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("error: this lesson needs the package lightning; install the core environment: make venv")
+    words = "error: this lesson needs the package lightning; install the core environment: make venv"
+    ((code, text),) = group(1)(ON_RANKS.ends_without_the_package, script)
+    assert code == 2
+    (line,) = text.strip().splitlines()
+    assert line.startswith(words)
 
 
+@pytest.mark.slow  # what torchrun does then is tested in tests/ddp/
 def test_a_rank_that_dies_takes_the_others_with_it(launch, tmp_path):
     """Under torchrun; test_resume.py has Lightning's own launcher."""
     script = whose_rank_1_dies(SCRIPT, tmp_path)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from equality import (
     SMALL,
+    STEPS,
     assert_same_rows,
     assert_same_training,
     assert_trains_in_low_precision,
@@ -14,11 +15,11 @@ from equality import (
     read_rows,
     read_validation,
 )
-from launching import OnRanks
+from launching import OnRanks, assert_refused
 
 SCRIPT = "lightning/fabric_loop.py"
 ON_RANKS = OnRanks("tests/lightning/lightning_on_ranks.py")
-STEPS = 10
+HALF = STEPS // 2
 BASE = [*SMALL, "--train.steps", str(STEPS)]
 FP64 = ["--train.precision", "fp64", "--batch.global_size", "48"]
 
@@ -36,20 +37,26 @@ def train(group, world_size, folder, name, *more, script=SCRIPT):
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [
-    (2, 1), (2, 4),
-    pytest.param(3, 1, marks=pytest.mark.slow), pytest.param(3, 4, marks=pytest.mark.slow),
+    (2, 4), (3, 1), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(3, 4, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_fp64_is_the_proof(group, single_device, tmp_path, world_size, accumulation):
-    """Within 1e-12 over 10 steps: sums in another order differ by some 1e-16, and AdamW amplifies that a little."""
+    """Within 1e-12: sums in another order differ by some 1e-16, and AdamW amplifies that a little."""
     micro = str(48 // world_size // accumulation)
     many = train(group, world_size, tmp_path, "many", *FP64, "--batch.micro_size", micro)
     assert_same_training(single_device(*BASE, *FP64), many)
     rows = read_rows(many)
     assert rows[-1]["tokens"] == STEPS * 48 * 16  # the effective batch, in steps of the optimizer
-    assert rows[-1]["loss"] < rows[0]["loss"] - 0.1  # something was learned, or equality would say little
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.01 * STEPS  # something was learned, or equality would say little
     record = json.loads((many / "run.json").read_text())
     assert (record["framework"], record["strategy"], record["world_size"]) == ("lightning", "ddp", world_size)
     assert record["versions"]["lightning"].startswith("2.")
+
+
+def test_gradients_travel_once_a_step(group, tmp_path):
+    """With four micro-batches a step: sent with the last one only."""
+    options = ["--train.steps", "3", "--batch.micro_size", "6", "--batch.global_size", "48"]
+    for counts in group(2)(ON_RANKS.communication, arguments(tmp_path, "run", *options), True, SCRIPT):
+        assert counts["gradients"] == 3
 
 
 @pytest.mark.slow
@@ -58,7 +65,6 @@ def test_variants(group, single_device, tmp_path, variant):
     assert_same_training(single_device(*BASE, *FP64, *variant), train(group, 2, tmp_path, "many", *FP64, *variant))
 
 
-@pytest.mark.slow
 def test_fp32_and_bf16(group, single_device, tmp_path):
     """fp32 rounds at 6e-8, and losses are of order 5; the low precision is Fabric's, not ours."""
     longer = ["--train.steps", "20"]
@@ -85,25 +91,25 @@ def test_why_fp64_is_not_fabrics_own():
 
 def test_resume_is_exact_and_between_scripts(group, tmp_path):
     """Two ranks, same machine: bitwise. ddp/train.py goes on from Fabric's checkpoint, and Fabric from its own."""
-    options = ["--train.eval_every", "4"]
-    whole = train(group, 2, tmp_path, "whole", *options, "--checkpoint.every", "5")
-    halfway = ["--resume", str(whole / "checkpoints" / "step_5")]
+    options = ["--train.eval_every", str(STEPS - 1)]
+    whole = train(group, 2, tmp_path, "whole", *options, "--checkpoint.every", str(HALF))
+    halfway = ["--resume", str(whole / "checkpoints" / f"step_{HALF}")]
     for name, script in (("fabric", SCRIPT), ("ddp", "ddp/train.py")):
         resumed = train(group, 2, tmp_path, name, *options, *halfway, script=script)
         rows = read_rows(resumed)
-        assert [row["step"] for row in rows] == list(range(5, STEPS))
+        assert [row["step"] for row in rows] == list(range(HALF, STEPS))
         # The norm of all gradients is a sum, and Fabric adds it up in the optimizer's order of the parameters.
-        for mine, theirs in zip(rows, read_rows(whole)[5:], strict=True):
+        for mine, theirs in zip(rows, read_rows(whole)[HALF:], strict=True):
             assert mine["lr"] == theirs["lr"]
             assert abs(mine["loss"] - theirs["loss"]) <= (0 if name == "fabric" else 1e-6)
-        late = {step: loss for step, loss in read_validation(whole).items() if step > 5}
+        late = {step: loss for step, loss in read_validation(whole).items() if step > HALF}
         assert read_validation(resumed) == (late if name == "fabric" else pytest.approx(late, abs=1e-6))
         if name == "fabric":
             assert largest_difference(read_checkpoint(whole, STEPS), read_checkpoint(resumed, STEPS)) == 0
 
 
 def test_told_to_stop(group, tmp_path):
-    group(2)(ON_RANKS.train_until, arguments(tmp_path, "run"), 4, SCRIPT)
+    group(2)(ON_RANKS.train_until, arguments(tmp_path, "run", "--train.steps", "8"), 4, SCRIPT)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (record["status"], record["steps_done"]) == ("stopped", 4)
     assert (tmp_path / "run" / "checkpoints" / "step_4" / "manifest.json").is_file()
@@ -112,6 +118,7 @@ def test_told_to_stop(group, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- launchers
 
 
+@pytest.mark.slow  # test_strategies.py starts train.py in this way
 def test_lightnings_own_launcher(launch, single_device, tmp_path):
     """Plain python: Lightning starts the second process, and each has its own half of the batch."""
     result = launch(SCRIPT, *arguments(tmp_path, "own", *FP64, "--devices", "2"), nproc=0)
@@ -153,8 +160,7 @@ def test_a_mistake_is_one_line_on_every_rank(group, tmp_path, more, words):
         assert all(word in lines[0] for word in words), lines
 
 
-def test_a_mistake_under_lightnings_own_launcher(launch):
+def test_a_mistake_under_lightnings_own_launcher(group):
     """The first process finds it before it has started any other."""
-    result = launch(SCRIPT, "--devices", "2", "--train.precision", "fp16", nproc=0, check=False)
-    assert result.returncode == 2
-    assert result.stderr.count("error: ") == 1 and "Traceback" not in result.stderr
+    given = ["--devices", "2", "--train.precision", "fp16"]
+    assert_refused(group(1)(ON_RANKS.ends_by_plain_python, given, SCRIPT), "train.precision = fp16")

@@ -25,6 +25,7 @@ def printed(cell) -> str:
     return "".join(output.text for output in cell.outputs if output.output_type == "stream")
 
 
+@pytest.mark.slow
 def test_executes_and_every_way_ends_with_the_same_weights(stored, tmp_path):
     notebook = copy.deepcopy(stored)
     for cell in code_cells(notebook):

@@ -9,11 +9,12 @@ import time
 
 import psutil
 import pytest
-from equality import SMALL, assert_same_training, largest_difference, read_checkpoint, read_rows, read_validation
+from equality import SMALL, STEPS, assert_same_training, largest_difference, read_checkpoint, read_rows, read_validation
 from launching import ROOT, SCRIPTS, OnRanks, clean_environment, kill_tree
 
 ON_RANKS = OnRanks("tests/lightning/lightning_on_ranks.py")
-BASE = [*SMALL, "--train.steps", "12", "--train.eval_every", "4", "--batch.micro_size", "3"]
+HALF = STEPS // 2
+BASE = [*SMALL, "--train.steps", str(STEPS), "--train.eval_every", str(STEPS - 1), "--batch.micro_size", "3"]
 FP64 = ["--train.precision", "fp64"]
 slow = pytest.mark.slow
 
@@ -30,22 +31,25 @@ def arguments(folder, strategy, *more):
     ]
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=slow)])
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("fp32", marks=slow)])
 def test_same_world_size_is_bitwise(group, tmp_path, precision):
-    """Cut back to the checkpoint of step 6, two epochs of micro-batches into a run that evaluates after 4, 8 and 12."""
-    options = ["--train.precision", precision, "--checkpoint.every", "6"]
+    """Cut back to the checkpoint in the middle. fp16 goes on with its scale, too."""
+    options = ["--train.precision", precision, "--checkpoint.every", str(HALF)]
     group(2)(ON_RANKS.train, arguments(tmp_path, "ddp", *options))
     whole = tmp_path / "whole"
     shutil.copytree(tmp_path / "run", whole)
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_12")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{STEPS}")
     steps = group(2)(ON_RANKS.counted, arguments(tmp_path, "ddp", *options))
-    assert [before for before, _, _ in steps[0]] == list(range(6, 12))  # Lightning's own count goes on, too
-    assert largest_difference(read_checkpoint(whole, 12), read_checkpoint(tmp_path / "run", 12)) == 0
+    assert [before for before, _, _ in steps[0]] == list(range(HALF, STEPS))  # Lightning's own count goes on, too
+    assert largest_difference(read_checkpoint(whole, STEPS), read_checkpoint(tmp_path / "run", STEPS)) == 0
     rows, before = read_rows(tmp_path / "run"), read_rows(whole)
-    assert [row["step"] for row in rows] == list(range(12))
+    assert [row["step"] for row in rows] == list(range(STEPS))
     for name in ("loss", "lr", "grad_norm"):
         assert [row[name] for row in rows] == [row[name] for row in before]
     assert read_validation(tmp_path / "run") == read_validation(whole)
+    saved = [json.loads((run / "checkpoints" / f"step_{STEPS}" / "manifest.json").read_text())["extra"]
+             for run in (whole, tmp_path / "run")]  # fmt: skip
+    assert saved[0] == saved[1] and bool(saved[0]) == (precision == "fp16")  # its scale, and how long it has held
 
 
 LESSON = "ddp/train.py"
@@ -61,8 +65,8 @@ LESSON = "ddp/train.py"
     pytest.param(("fsdp", 4), ("fsdp", 2), marks=slow),
 ], ids=lambda value: f"{value[0]} on {value[1]}")  # fmt: skip
 def test_resume_elsewhere(group, single_device, tmp_path, first, then):
-    """Told to stop after six steps, then on other ranks or by another strategy: the twelve of one process."""
-    for (strategy, ranks), until in ((first, 6), (then, None)):
+    """Told to stop in the middle, then on other ranks or by another strategy: all steps are those of one process."""
+    for (strategy, ranks), until in ((first, HALF), (then, None)):
         more = arguments(tmp_path, None if strategy == LESSON else strategy, *FP64)
         more = [*more, "--batch.micro_size", str(24 // ranks)] if ranks in (3, 4) else more
         of_lesson = strategy == LESSON
@@ -70,16 +74,15 @@ def test_resume_elsewhere(group, single_device, tmp_path, first, then):
         functions = SCRIPTS if of_lesson else ON_RANKS
         function = functions.train_until if until else functions.train
         group(ranks)(function, *call, *([until] if until else []))
-        assert len(read_rows(tmp_path / "run")) == (until or 12)
+        assert len(read_rows(tmp_path / "run")) == (until or STEPS)
     assert_same_training(single_device(*BASE, *FP64), tmp_path / "run")
 
 
-@slow
-def test_nothing_to_do_is_said(group, launch, tmp_path):
+def test_nothing_to_do_is_said(group, tmp_path):
     group(2)(ON_RANKS.train, arguments(tmp_path, "ddp"))
-    result = launch("lightning/train.py", *arguments(tmp_path, "single_device"), nproc=0)
-    assert "nothing to do: 12 of 12 steps were done already" in result.stdout
-    assert len(read_rows(tmp_path / "run")) == 12
+    (printed,) = group(1)(ON_RANKS.printed, arguments(tmp_path, "single_device"))
+    assert f"nothing to do: {STEPS} of {STEPS} steps were done already" in printed
+    assert len(read_rows(tmp_path / "run")) == STEPS
 
 
 def start(launcher, folder, *more):
@@ -131,9 +134,17 @@ def test_killed_rank_under_lightnings_own_launcher(tmp_path):
     assert "finished" not in output and "stopped after" not in output
 
 
+def test_a_signal_for_one_rank(group, tmp_path):
+    """Rank 1 alone gets a SIGTERM; all ranks save after the same step. Lightning's own handler would end rank 1."""
+    assert group(2)(ON_RANKS.terminated, arguments(tmp_path, "ddp", "--train.steps", "8"), 1) == [True, True]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["status"], record["steps_done"]) == ("stopped", 3)
+    assert (tmp_path / "run" / "checkpoints" / "step_3" / "manifest.json").is_file()
+
+
+@slow
 @pytest.mark.parametrize(("launcher", "how"), [
-    ("lightning", "stop file"), pytest.param("torchrun", "SIGTERM", marks=slow),
-    pytest.param("lightning", "SIGTERM", marks=slow), pytest.param("lightning", "SIGINT", marks=slow),
+    ("lightning", "stop file"), ("torchrun", "SIGTERM"), ("lightning", "SIGTERM"), ("lightning", "SIGINT"),
 ])  # fmt: skip
 def test_told_to_stop(tmp_path, launcher, how):
     """All ranks agree on the step, save, and end; Lightning's own handlers would not save, and are out of the way."""

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import yaml
 from equality import SMALL, assert_same_rows, read_rows
 from launching import ROOT, OnRanks
@@ -52,7 +53,10 @@ def test_lightnings_own_launcher(launch, tmp_path):
     result = launch(SCRIPT, *QUICK, "--devices", "2", nproc=0, env={"CONFIG_FILE": str(CONFIGS / "fsdp.json")})
     record = json.loads((only_run(tmp_path) / "run.json").read_text())
     assert (record["framework"], record["strategy"], record["launcher"]) == ("lightning", "fsdp", "lightning")
-    assert (record["world_size"], record["mesh"]) == (2, {"data": 2})
+    assert (record["world_size"], record["mesh"]) == (
+        2,
+        {"dp_replicate": 1, "dp_shard": 2, "tp": 1, "pp": 1, "cp": 1, "ep": 1},
+    )
     assert "lightning" in record["versions"]
     assert result.stdout.count("finished after 3 of 3 steps") == 1  # rank 0 speaks for all
     assert set(ROOT.iterdir()) == before  # no lightning_logs, no checkpoints
@@ -66,8 +70,8 @@ def test_torchrun_and_which_settings_win(launch, tmp_path):
     more = ["--config", "lightning/configs/tensor_parallel.json", "--tp_dimensions", "[2, 1, 1]"]
     launch(SCRIPT, *QUICK, *more, env={"CONFIG_FILE": str(CONFIGS / "single_device.json")})
     record = json.loads((only_run(tmp_path) / "run.json").read_text())
-    assert (record["strategy"], record["launcher"]) == ("tensor_parallel", "torchrun")
-    assert record["mesh"] == {"data": 1, "tensor": 2}
+    assert (record["strategy"], record["launcher"]) == ("tensor", "torchrun")
+    assert record["mesh"] == {"dp_replicate": 1, "dp_shard": 1, "tp": 2, "pp": 1, "cp": 1, "ep": 1}
 
 
 @pytest.mark.parametrize(("strategy", "ranks", "dimensions", "part", "placements"), [
@@ -98,6 +102,21 @@ def test_gradients_travel_once_a_step(group, tmp_path, strategy, hold_back, a_st
         assert counts["gradients"] == 3 * a_step, counts
         # What Lightning adds: before each micro-batch all ranks ask rank 0 whether it was told to end.
         assert counts["broadcasts"] == 3 * 4, counts
+
+
+@pytest.mark.parametrize(("checkpointing", "times"), [("true", 2), pytest.param("false", 1, marks=slow)])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_activation_checkpointing_computes_again(group, tmp_path, strategy, checkpointing, times):
+    """Each of the two blocks is computed in the forward, and in the backward again: the losses do not show it."""
+    options = ["--strategy", strategy, "--train.activation_checkpointing", checkpointing, "--train.steps", "1"]
+    calls = group(2)(ON_RANKS.attention_calls, [*SMALL, *options, "--runs_dir", str(tmp_path)])
+    assert calls == [2 * times] * 2
+
+
+def test_fsdp_sends_gradients_in_fp32_where_it_computes_in_bf16(group, tmp_path):
+    """Sums of many ranks in bf16 would lose what is small."""
+    options = ["--strategy", "fsdp", "--train.precision", "bf16", "--train.steps", "1", "--runs_dir", str(tmp_path)]
+    assert group(2)(ON_RANKS.reduced_in, [*SMALL, *options]) == [{torch.float32}] * 2
 
 
 WITHOUT_THE_GUARD = """
@@ -135,13 +154,14 @@ def test_deepspeed_where_lightning_lets_it_run(launch, single_device, tmp_path):
     assert again.stderr.count("error: ") >= 1 and len(read_rows(tmp_path / "runs" / "many")) == 6
 
 
+@slow
 @slurm
 @pytest.mark.parametrize(("config", "sbatch", "world_size", "hosts"), [
     ("fsdp", ["lightning/multi_node.sbatch"], 4, ["node1", "node2"]),
-    pytest.param("single_device", ["--ntasks-per-node=1", "lightning/single_node.sbatch"], 1, ["node1"], marks=slow),
-    pytest.param("mixed_precision", ["--ntasks-per-node=1", "lightning/single_node.sbatch"], 1, ["node1"], marks=slow),
-    pytest.param("ddp", ["lightning/single_node.sbatch"], 2, ["node1"], marks=slow),
-    pytest.param("tensor_parallel", ["--ntasks-per-node=4", "lightning/single_node.sbatch"], 4, ["node1"], marks=slow),
+    ("single_device", ["--ntasks-per-node=1", "lightning/single_node.sbatch"], 1, ["node1"]),
+    ("mixed_precision", ["--ntasks-per-node=1", "lightning/single_node.sbatch"], 1, ["node1"]),
+    ("ddp", ["lightning/single_node.sbatch"], 2, ["node1"]),
+    ("tensor_parallel", ["--ntasks-per-node=4", "lightning/single_node.sbatch"], 4, ["node1"]),
 ])  # fmt: skip
 def test_sbatch(cluster, config, sbatch, world_size, hosts):
     """One file of settings for each way to train, given by CONFIG_FILE; Lightning finds the tasks of srun."""

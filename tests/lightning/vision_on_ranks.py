@@ -1,8 +1,6 @@
 """What the ranks of a `group` run for the tests of lightning/train_vision.py."""
 
 import importlib.util
-import os
-import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -10,8 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 from own_folder import own_folder
 from rank_worker import starts_its_own_group
-
-from common.run import Run
+from variables import variables
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "lightning" / "train_vision.py"
@@ -31,14 +28,14 @@ def counted(arguments: list[str]) -> dict[str, int]:
 
     DDP sends a bucket through its communication hook; ours does what DDP would, and counts.
     """
-    before, counts = dict(os.environ), Counter()
+    counts = Counter()
 
     def send(state, bucket):
         counts["sent"] += bucket.is_last()  # the last bucket of a backward
         work = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True)
         return work.get_future().then(lambda future: future.value()[0])
 
-    with own_folder(SCRIPT):
+    with own_folder(SCRIPT), variables({}):
         vision = load_script()
 
         class Counting(vision.Record):
@@ -56,28 +53,4 @@ def counted(arguments: list[str]) -> dict[str, int]:
 
         vision.Record = Counting
         vision.main(vision.parse(vision.LightningVisionConfig, arguments))
-    os.environ.clear()
-    os.environ.update(before)
     return dict(counts)
-
-
-@starts_its_own_group
-def terminated(arguments: list[str], step: int) -> bool:
-    """Train, with a SIGTERM for rank 1 at `step`; whether the handler of before is back at the end."""
-    before, handler, log = dict(os.environ), signal.getsignal(signal.SIGTERM), Run.log
-
-    def log_and_signal(self, at, *rest):
-        if at == step and self.ranks.rank == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        log(self, at, *rest)
-
-    Run.log = log_and_signal
-    try:
-        with own_folder(SCRIPT):
-            vision = load_script()
-            vision.main(vision.parse(vision.LightningVisionConfig, arguments))
-    finally:
-        Run.log = log
-        os.environ.clear()
-        os.environ.update(before)
-    return signal.getsignal(signal.SIGTERM) is handler

@@ -1,7 +1,6 @@
 """What the ranks of a `group` run for the tests of context and expert parallelism."""
 
 import importlib
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 from own_folder import own_folder
 from rank_worker import starts_its_own_group
+from scripts_on_ranks import train
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.experimental._context_parallel import _attention as torch_ring
@@ -27,14 +27,6 @@ def imported(name: str) -> Iterator[ModuleType]:
     """A module of model_parallel/, which a script that runs meanwhile imports as the same one."""
     with own_folder(ROOT / "model_parallel" / f"{name}.py"):
         yield importlib.import_module(name)
-
-
-def train(script: str, arguments: list[str]) -> None:
-    """As for the tests of ddp/."""
-    sys.path.insert(0, str(ROOT / "tests" / "ddp"))
-    from cases import train as run_script
-
-    run_script(script, arguments)
 
 
 class Sent(TorchDispatchMode):

@@ -1,10 +1,12 @@
 """What the ranks of a `group` run for the tests of model_parallel/."""
 
+import importlib
 import importlib.util
 import runpy
 import sys
 from pathlib import Path
 
+import scripts_on_ranks
 import torch
 import torch.distributed as dist
 from own_folder import own_folder
@@ -15,10 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_module, dist
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ParallelStyle, loss_parallel
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "ddp"))
-
-import cases
-
+from common.ranks import Ranks
 from common.transformer import ModelConfig, Transformer, initial_weight
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -47,6 +46,26 @@ def collectives(sequence_parallel: bool, tied: bool, layers: int) -> dict[str, i
     return {str(op).removeprefix("c10d_functional."): count for op, count in sent.get_comm_counts().items()}
 
 
+def meshes() -> dict[str, list]:
+    """Return which rank stands where, on each lesson's mesh of 4 ranks."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    ranks = Ranks(rank, size, rank, size, "torchrun", torch.device("cpu"))
+    with own_folder(ROOT / "model_parallel" / "mesh_settings.py"):
+        of_tensors = importlib.import_module("mesh_settings")
+        of_context = importlib.import_module("context_settings")
+        of_experts = importlib.import_module("expert_settings")
+        tensor, context, expert = of_tensors.TensorConfig(), of_context.ContextConfig(), of_experts.ExpertConfig()
+        for config in tensor, context, expert:
+            config.mesh.dp = 2
+        made = {
+            "tensor": of_tensors.tensor_mesh(tensor, ranks),
+            "context": of_context.context_mesh(context, ranks),
+            "expert": of_experts.expert_mesh(expert, ranks),
+            "hybrid": of_tensors.hybrid_mesh(of_tensors.HybridConfig(), ranks),
+        }
+    return {name: mesh.mesh.tolist() for name, mesh in made.items()}
+
+
 @starts_its_own_group
 def ends_with_replicated_norms(arguments: list[str]) -> tuple[int, str]:
     """How tensor_parallel.py ends where norms take their part of the sequence for the whole: the lesson's mistake."""
@@ -61,7 +80,7 @@ def ends_with_replicated_norms(arguments: list[str]) -> tuple[int, str]:
     right = parallel.SequenceParallel
     parallel.SequenceParallel = Replicated
     try:
-        return cases.ends("model_parallel/tensor_parallel.py", arguments)
+        return scripts_on_ranks.ends("model_parallel/tensor_parallel.py", arguments)
     finally:
         parallel.SequenceParallel = right
 

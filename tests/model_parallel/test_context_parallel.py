@@ -5,6 +5,7 @@ import re
 import pytest
 from equality import (
     SMALL,
+    STEPS,
     assert_same_first_gradients,
     assert_same_rows,
     assert_same_training,
@@ -17,7 +18,6 @@ from launching import SCRIPTS, OnRanks, assert_refused
 
 ON_RANKS = OnRanks("tests/model_parallel/context_expert_on_ranks.py")
 SCRIPT = "model_parallel/context_parallel.py"
-STEPS = 20
 # The sequence divides into 2, 4, 6 and 8 pieces. There are fewer key-value heads than heads, as by default.
 BASE = [*SMALL, "--data.sequence_length", "24", "--train.steps", str(STEPS), "--batch.global_size", "24"]
 FP64 = ["--train.precision", "fp64"]
@@ -28,8 +28,11 @@ def arguments(folder, name, *more):
     return [*BASE, "--runs_dir", str(folder), "--run_name", name, *more]
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("ranks", "accumulation"), [
+    (2, 4),
+    (3, 1),
+    *(pytest.param(*rest, marks=pytest.mark.slow) for rest in ((2, 1), (3, 4), (4, 1), (4, 4))),
+])  # fmt: skip
 def test_fp64_is_the_proof(group, single_device, tmp_path, ranks, accumulation):
     """Tied where gradients accumulate, the harder case. A wrong position would show in the first loss."""
     model = TIED if accumulation > 1 else []
@@ -50,7 +53,7 @@ def test_on_a_mesh(group, single_device, tmp_path, ranks, options):
 
 
 def test_evaluation_during_training(group, single_device, tmp_path):
-    options = ["--train.steps", "6", "--train.eval_every", "3"]
+    options = ["--train.steps", "4", "--train.eval_every", "2"]
     group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *FP64, *options))
     assert_same_training(single_device(*BASE, *FP64, *options), tmp_path / "many")
 
@@ -81,8 +84,7 @@ def test_every_position_is_somewhere(group, ranks):
     assert group(ranks)(ON_RANKS.positions, "ring") == expected
 
 
-@pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(("ranks", "layers"), [(2, 1), (3, 3)])
 def test_messages_and_work(group, ranks, layers):
     """3 sequences of 24 tokens, 2 key-value heads of size 8, fp32."""
     mine = 2 * 3 * 2 * (24 // ranks) * 8 * 4  # bytes of keys and values of one layer
@@ -116,14 +118,14 @@ def test_first_gradients_in_fp32(group, single_device, tmp_path):
 
 
 def test_bf16_trains(group, single_device, tmp_path):
-    group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "low", "--train.precision", "bf16"))
+    group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "low", "--train.precision", "bf16", "--train.steps", "20"))
     assert_trains_in_low_precision(single_device(*BASE), tmp_path / "low")
 
 
 @pytest.mark.parametrize(("ranks", "options"), [(2, []), pytest.param(4, ["--mesh.dp", "2"], marks=pytest.mark.slow)])
-def test_bytes_per_rank(launch, tmp_path, ranks, options):
+def test_bytes_per_rank(group, tmp_path, ranks, options):
     """Context ranks, too, share the weights: 1/n of each, whatever the mesh."""
-    printed = launch(SCRIPT, *arguments(tmp_path, "many", "--train.steps", "2", *options), nproc=ranks).stdout
+    printed = group(ranks)(SCRIPTS.printed, SCRIPT, arguments(tmp_path, "many", "--train.steps", "2", *options))[0]
     mine, whole = re.search(r"this rank keeps ([\d,]+) of ([\d,]+) bytes", printed).groups()
     weights = [t for n, t in read_checkpoint(tmp_path / "many", 2).items() if n.startswith("model.")]
     assert int(mine.replace(",", "")) == sum(4 * t.numel() // ranks for t in weights)
@@ -149,14 +151,14 @@ def test_bad_input(group, tmp_path, ranks, options, words):
 
 @pytest.mark.parametrize(("first", "then"), [
     ((SCRIPT, 3), (SCRIPT, 2, "--mesh.dp", "2")),
-    ((SCRIPT, 2), ("ddp/train.py", 3)),
-    (("ddp/train.py", 2), (SCRIPT, 3)),
+    pytest.param((SCRIPT, 2), ("ddp/train.py", 3), marks=pytest.mark.slow),
+    pytest.param(("ddp/train.py", 2), (SCRIPT, 3), marks=pytest.mark.slow),
     pytest.param((SCRIPT, 4, "--mesh.dp", "2"), (SCRIPT, 3), marks=pytest.mark.slow),
 ], ids=lambda value: " ".join(map(str, value)).replace("/", " "))  # fmt: skip
 def test_resume_elsewhere(group, single_device, tmp_path, first, then):
-    """Ten steps on some ranks, ten more on others, or under another strategy: the twenty of one process."""
+    """Half of the steps on some ranks, the others on other ranks, or under another strategy: those of one process."""
     (script, ranks, *more), (next_script, next_ranks, *next_more) = first, then
-    group(ranks)(SCRIPTS.train_until, script, arguments(tmp_path, "many", *FP64, *more), 10)
-    assert len(read_rows(tmp_path / "many")) == 10
+    group(ranks)(SCRIPTS.train_until, script, arguments(tmp_path, "many", *FP64, *more), STEPS // 2)
+    assert len(read_rows(tmp_path / "many")) == STEPS // 2
     group(next_ranks)(SCRIPTS.train, next_script, arguments(tmp_path, "many", *FP64, *next_more))
     assert_same_training(single_device(*BASE, *FP64), tmp_path / "many")

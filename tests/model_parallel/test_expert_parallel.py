@@ -6,6 +6,7 @@ import pytest
 import torch
 from equality import (
     SMALL,
+    STEPS,
     assert_same_first_gradients,
     assert_same_rows,
     assert_same_training,
@@ -23,8 +24,8 @@ from common.transformer import Transformer, load_balancing_loss
 
 ON_RANKS = OnRanks("tests/model_parallel/context_expert_on_ranks.py")
 SCRIPT = "model_parallel/expert_parallel.py"
-STEPS = 20
 BASE = [*SMALL, "--model.preset", "tiny_moe", "--train.steps", str(STEPS), "--batch.global_size", "24"]
+FEW = min(STEPS, 6)
 FP64 = ["--train.precision", "fp64"]
 SIX, ONE = ["--model.experts", "6"], ["--model.experts_per_token", "1"]
 
@@ -33,13 +34,12 @@ def arguments(folder, name, *more):
     return [*BASE, "--runs_dir", str(folder), "--run_name", name, *more]
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize(("ranks", "model"), [
-    (2, []),
-    pytest.param(2, ONE, marks=pytest.mark.slow),
-    pytest.param(3, SIX, marks=pytest.mark.slow),
-    (3, [*SIX, *ONE]),
-    pytest.param(4, [], marks=pytest.mark.slow),  # one expert a rank
+@pytest.mark.parametrize(("ranks", "model", "accumulation"), [
+    (2, [], 4),
+    (3, [*SIX, *ONE], 1),
+    *(pytest.param(*rest, marks=pytest.mark.slow) for rest in (
+        (2, [], 1), (3, [*SIX, *ONE], 4), (2, ONE, 1), (2, ONE, 4), (3, SIX, 1), (3, SIX, 4),
+        (4, [], 1), (4, [], 4))),  # one expert a rank
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
 def test_fp64_is_the_proof(group, single_device, tmp_path, ranks, model, accumulation):
     options = ["--batch.micro_size", str(24 // ranks // accumulation)]
@@ -61,14 +61,14 @@ def test_on_a_mesh(group, single_device, tmp_path, ranks, options):
 
 
 def test_evaluation_during_training(group, single_device, tmp_path):
-    options = ["--train.steps", "6", "--train.eval_every", "3"]
+    options = ["--train.steps", "4", "--train.eval_every", "2"]
     group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *FP64, *options))
     assert_same_training(single_device(*BASE, *FP64, *options), tmp_path / "many")
 
 
 @pytest.mark.parametrize(("ranks", "options"), [
     (2, []),
-    (2, ["--train.activation_checkpointing", "true", "--batch.micro_size", "4"]),
+    pytest.param(2, ["--train.activation_checkpointing", "true", "--batch.micro_size", "4"], marks=pytest.mark.slow),
     (3, [*SIX, "--batch.micro_size", "8"]),
     pytest.param(4, ["--mesh.dp", "2"], marks=pytest.mark.slow),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
@@ -116,13 +116,13 @@ def reference(ranks, accumulation, balance, *more):
 @pytest.mark.parametrize(("accumulation", "more"), [
     (1, []),
     pytest.param(1, ["--train.activation_checkpointing", "true"], marks=pytest.mark.slow),  # as configs/expert.yaml
-    pytest.param(3, [], marks=pytest.mark.slow),
+    (3, []),
 ])  # fmt: skip
-def test_balance(launch, tmp_path, accumulation, more):
+def test_balance(group, tmp_path, accumulation, more):
     """Its gradient is that of the definition; a weight of 0.5 outweighs the routers' other gradients."""
     options = [*FP64, "--batch.micro_size", str(12 // accumulation), "--train.steps", "1", "--optimizer.clip", "1000"]
     many = arguments(tmp_path, "many", *options)
-    printed = launch(SCRIPT, *many, *more, "--balance", "0.5").stdout
+    printed = group(2)(SCRIPTS.printed, SCRIPT, [*many, *more, "--balance", "0.5"])[0]
     expected, load = reference(2, accumulation, 0.5, *options)
     without, _ = reference(2, accumulation, 0.0, *options)
     saved = read_checkpoint(tmp_path / "many", 1)
@@ -140,15 +140,14 @@ def test_balance_balances(group, tmp_path):
     """The busiest expert gets less, after a few steps at a large weight."""
     spread = []
     for balance in ("0", "0.1"):
-        folder = arguments(tmp_path, f"with {balance}".replace(" ", "_"), "--balance", balance)
+        folder = arguments(tmp_path, f"with {balance}".replace(" ", "_"), "--balance", balance, "--train.steps", "20")
         loads = group(2)(ON_RANKS.train_and_count, SCRIPT, folder)
         total = torch.tensor(loads).sum(0).double()  # (layers, experts), of all ranks
         spread.append((total.amax(-1) / total.mean(-1)).max().item())
     assert spread[1] < spread[0] and spread[1] < 1.5, spread
 
 
-@pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(("ranks", "layers"), [(2, 1), (3, 3)])
 def test_messages(group, ranks, layers):
     """Each rank has 72 tokens, of which two experts each take one: rows of width 48 in fp32."""
     results = group(ranks)(ON_RANKS.expert_work, layers)
@@ -172,11 +171,11 @@ def test_messages(group, ranks, layers):
 )
 def test_fp32(group, single_device, tmp_path, name, lr, parameters):
     """Few steps: a token between two experts may choose the other one for a last bit, and then losses part."""
-    options = ["--optimizer.name", name, "--optimizer.lr", lr, "--train.steps", "6"]
+    options = ["--optimizer.name", name, "--optimizer.lr", lr, "--train.steps", str(FEW)]
     one = single_device(*BASE, *options)
     group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *options))
     assert_same_rows(one, tmp_path / "many", 1e-5)
-    a, b = read_checkpoint(one, 6), read_checkpoint(tmp_path / "many", 6)
+    a, b = read_checkpoint(one, FEW), read_checkpoint(tmp_path / "many", FEW)
     assert largest_difference(a, b, "model.") <= parameters
 
 
@@ -193,14 +192,14 @@ def test_first_gradients_in_fp32(group, single_device, tmp_path, ranks, options)
 
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_low_precision_trains(group, single_device, tmp_path, precision):
-    group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "low", "--train.precision", precision))
+    group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "low", "--train.steps", "20", "--train.precision", precision))
     assert_trains_in_low_precision(single_device(*BASE), tmp_path / "low")
 
 
 @pytest.mark.parametrize(("ranks", "options"), [(2, []), pytest.param(4, ["--mesh.dp", "2"], marks=pytest.mark.slow)])
-def test_bytes_per_rank(launch, tmp_path, ranks, options):
+def test_bytes_per_rank(group, tmp_path, ranks, options):
     """1/n of everything: of experts by number, then by rows; of all else by rows."""
-    printed = launch(SCRIPT, *arguments(tmp_path, "many", "--train.steps", "2", *options), nproc=ranks).stdout
+    printed = group(ranks)(SCRIPTS.printed, SCRIPT, arguments(tmp_path, "many", "--train.steps", "2", *options))[0]
     mine, whole = re.search(r"this rank keeps ([\d,]+) of ([\d,]+) bytes", printed).groups()
     weights = [t for n, t in read_checkpoint(tmp_path / "many", 2).items() if n.startswith("model.")]
     assert int(mine.replace(",", "")) == sum(4 * t.numel() // ranks for t in weights)
@@ -224,14 +223,14 @@ def test_bad_input(group, tmp_path, ranks, options, words):
 
 @pytest.mark.parametrize(("first", "then"), [
     ((SCRIPT, 3), (SCRIPT, 2, "--mesh.dp", "2")),
-    ((SCRIPT, 2), ("ddp/train.py", 3)),
-    (("ddp/train.py", 2), (SCRIPT, 3)),
+    pytest.param((SCRIPT, 2), ("ddp/train.py", 3), marks=pytest.mark.slow),
+    pytest.param(("ddp/train.py", 2), (SCRIPT, 3), marks=pytest.mark.slow),
     pytest.param((SCRIPT, 4, "--mesh.dp", "2"), ("fsdp/train.py", 3), marks=pytest.mark.slow),
 ], ids=lambda value: " ".join(map(str, value)).replace("/", " "))  # fmt: skip
 def test_resume_elsewhere(group, single_device, tmp_path, first, then):
-    """Ten steps on some ranks, ten more on others, or under another strategy: the twenty of one process."""
+    """Half of the steps on some ranks, the others on other ranks, or under another strategy: those of one process."""
     (script, ranks, *more), (next_script, next_ranks, *next_more) = first, then
-    group(ranks)(SCRIPTS.train_until, script, arguments(tmp_path, "many", *FP64, *SIX, *more), 10)
-    assert len(read_rows(tmp_path / "many")) == 10
+    group(ranks)(SCRIPTS.train_until, script, arguments(tmp_path, "many", *FP64, *SIX, *more), STEPS // 2)
+    assert len(read_rows(tmp_path / "many")) == STEPS // 2
     group(next_ranks)(SCRIPTS.train, next_script, arguments(tmp_path, "many", *FP64, *SIX, *next_more))
     assert_same_training(single_device(*BASE, *FP64, *SIX), tmp_path / "many")

@@ -5,6 +5,7 @@ import re
 import pytest
 from equality import (
     SMALL,
+    STEPS,
     assert_same_first_gradients,
     assert_same_training,
     assert_trains_in_low_precision,
@@ -14,7 +15,6 @@ from equality import (
 from launching import SCRIPTS, assert_refused
 
 SCRIPT = "model_parallel/hybrid_parallel.py"
-STEPS = 20
 # Heads, neurons, vocabulary and sequence divide by 2 and 3; four layers make four stages.
 EVEN = ["--model.layers", "4", "--model.heads", "12", "--model.kv_heads", "12", "--model.width", "48",
         "--model.ffn_width", "48", "--model.vocabulary", "264", "--data.sequence_length", "24"]  # fmt: skip
@@ -33,11 +33,11 @@ def mesh(pp, dp, tp):
 @pytest.mark.parametrize(("ranks", "options"), [
     (8, []),  # 2 × 2 × 2
     (4, [*mesh(2, 1, 2), "--sequence_parallel", "false", "--schedule", "zero_bubble"]),
-    (4, [*mesh(2, 2, 1), "--schedule", "interleaved"]),
+    pytest.param(4, [*mesh(2, 2, 1), "--schedule", "interleaved"], marks=pytest.mark.slow),
     pytest.param(4, [*mesh(2, 1, 2), "--schedule", "gpipe", "--batch.micro_size", "24"],  # one micro-batch
                  marks=pytest.mark.slow),
     pytest.param(4, [*mesh(2, 1, 2), "--train.activation_checkpointing", "true"], marks=pytest.mark.slow),
-    (2, mesh(2, 1, 1)),
+    pytest.param(2, mesh(2, 1, 1), marks=pytest.mark.slow),
     pytest.param(8, ["--schedule", "zero_bubble"], marks=pytest.mark.slow),
     pytest.param(8, ["--schedule", "interleaved", "--sequence_parallel", "false"], marks=pytest.mark.slow),
     pytest.param(8, ["--schedule", "gpipe"], marks=pytest.mark.slow),
@@ -58,7 +58,7 @@ def test_untied(group, single_device, tmp_path):
 
 
 def test_evaluation_during_training(group, single_device, tmp_path):
-    options = ["--train.steps", "6", "--train.eval_every", "3"]
+    options = ["--train.steps", "4", "--train.eval_every", "2"]
     group(4)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *FP64, *options, *mesh(2, 2, 1)))
     assert_same_training(single_device(*BASE, *FP64, *options), tmp_path / "many")
 
@@ -73,13 +73,15 @@ def test_first_gradients_in_fp32(group, single_device, tmp_path):
 
 def test_bf16_trains(group, single_device, tmp_path):
     """The policy casts whole blocks where autocast casts operations: losses are close, not equal."""
-    group(4)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "low", "--train.precision", "bf16"))
+    options = ["--train.precision", "bf16", "--train.steps", "20", "--batch.micro_size", "12"]
+    group(4)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "low", *options))
     assert_trains_in_low_precision(single_device(*BASE), tmp_path / "low")
 
 
-def test_bytes_on_each_rank(launch, tmp_path):
+def test_bytes_on_each_rank(group, tmp_path):
     """1/tp of the stage's matrices; its norms whole, because tensor ranks need them whole and dp is 1."""
-    printed = launch(SCRIPT, *arguments(tmp_path, "many", "--train.steps", "1", *mesh(2, 1, 2)), nproc=4).stdout
+    options = ["--train.steps", "1", *mesh(2, 1, 2)]
+    printed = group(4)(SCRIPTS.printed, SCRIPT, arguments(tmp_path, "many", *options))[0]
     stages = [0, 0]
     for name, tensor in read_checkpoint(tmp_path / "many", 1).items():
         if name.startswith("model."):
@@ -113,9 +115,9 @@ def test_bad_input(group, tmp_path, ranks, options, words):
                  marks=pytest.mark.slow),
 ], ids=lambda value: " ".join(map(str, value)).replace("/", " "))  # fmt: skip
 def test_resume_elsewhere(group, single_device, tmp_path, first, then):
-    """Ten steps one way, ten another, on other ranks: the twenty of one process."""
+    """Half of the steps one way, half another, on other ranks: those of one process."""
     (script, ranks, *more), (next_script, next_ranks, *next_more) = first, then
-    group(ranks)(SCRIPTS.train_until, script, arguments(tmp_path, "many", *FP64, *TIED, *more), 10)
-    assert len(read_rows(tmp_path / "many")) == 10
+    group(ranks)(SCRIPTS.train_until, script, arguments(tmp_path, "many", *FP64, *TIED, *more), STEPS // 2)
+    assert len(read_rows(tmp_path / "many")) == STEPS // 2
     group(next_ranks)(SCRIPTS.train, next_script, arguments(tmp_path, "many", *FP64, *TIED, *next_more))
     assert_same_training(single_device(*BASE, *FP64, *TIED), tmp_path / "many")

@@ -5,6 +5,7 @@ import itertools
 import pytest
 from equality import (
     SMALL,
+    STEPS,
     assert_same_first_gradients,
     assert_same_rows,
     assert_same_training,
@@ -17,7 +18,6 @@ from launching import SCRIPTS, OnRanks, assert_refused
 
 ON_RANKS = OnRanks("tests/model_parallel/model_parallel_on_ranks.py")
 SCRIPT = "model_parallel/pipeline_parallel.py"
-STEPS = 20
 BASE = [*SMALL, "--model.layers", "8", "--train.steps", str(STEPS), "--batch.global_size", "48"]
 FP64 = ["--train.precision", "fp64"]
 TIED = ["--model.tied", "true"]
@@ -31,8 +31,16 @@ def micro_batches(number):
     return ["--batch.micro_size", str(48 // number)]
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zero_bubble"])
-@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("ranks", "schedule"), [
+    (2, "gpipe"),
+    (2, "interleaved"),
+    (2, "zero_bubble"),
+    (3, "1f1b"),
+    (3, "interleaved"),
+    *(pytest.param(*rest, marks=pytest.mark.slow) for rest in (
+        (2, "1f1b"), (3, "gpipe"), (3, "zero_bubble"),
+        (4, "gpipe"), (4, "1f1b"), (4, "interleaved"), (4, "zero_bubble"))),
+])  # fmt: skip
 def test_fp64_is_the_proof(group, single_device, tmp_path, ranks, schedule):
     """8 layers on 3 ranks are unequal stages. Tied, the harder case; the last stage's copy must stay what it is."""
     options = ["--schedule", schedule, *micro_batches(4 if ranks != 3 else 6), *TIED]
@@ -41,7 +49,8 @@ def test_fp64_is_the_proof(group, single_device, tmp_path, ranks, schedule):
 
 
 @pytest.mark.parametrize("options", [
-    ["--schedule", "gpipe", *micro_batches(1)],  # nothing overlaps, and all is right
+    # Nothing overlaps, and all is right.
+    pytest.param(["--schedule", "gpipe", *micro_batches(1)], marks=pytest.mark.slow),
     pytest.param(["--schedule", "1f1b", *micro_batches(16)], marks=pytest.mark.slow),
     pytest.param(["--schedule", "interleaved", "--stages_per_rank", "4", *micro_batches(4)], marks=pytest.mark.slow),
     pytest.param(["--schedule", "zero_bubble", "--stages_per_rank", "1", *micro_batches(8)], marks=pytest.mark.slow),
@@ -57,15 +66,15 @@ def test_every_option(group, single_device, tmp_path, options):
 
 
 def test_evaluation_during_training(group, single_device, tmp_path):
-    options = ["--train.steps", "6", "--train.eval_every", "3"]
+    options = ["--train.steps", "4", "--train.eval_every", "2"]
     group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *FP64, *options, *micro_batches(4)))
     assert_same_training(single_device(*BASE, *FP64, *options), tmp_path / "many")
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "zero_bubble"])
+@pytest.mark.parametrize("schedule", ["gpipe", pytest.param("zero_bubble", marks=pytest.mark.slow)])
 def test_loss_in_chunks(group, single_device, tmp_path, schedule):
     """48 samples of 48 tokens in two micro-batches are more than one chunk of 1024 each."""
-    options = ["--train.steps", "4", "--data.sequence_length", "48"]
+    options = ["--train.steps", "2", "--data.sequence_length", "48"]
     group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *FP64, *options, "--schedule", schedule,
                                                *micro_batches(2)))  # fmt: skip
     assert_same_training(single_device(*BASE, *FP64, *options), tmp_path / "many")
@@ -73,7 +82,7 @@ def test_loss_in_chunks(group, single_device, tmp_path, schedule):
 
 @pytest.mark.parametrize(
     ("name", "lr", "parameters"),  # AdamW's division by small roots amplifies the last bits of fp32
-    [("adamw", "0.003", 1e-4), ("sgd", "0.01", 1e-6)],
+    [("adamw", "0.003", 1e-4), pytest.param("sgd", "0.01", 1e-6, marks=pytest.mark.slow)],
 )
 def test_fp32(group, single_device, tmp_path, name, lr, parameters):
     options = ["--optimizer.name", name, "--optimizer.lr", lr]
@@ -92,7 +101,7 @@ def test_first_gradients_in_fp32(group, single_device, tmp_path):
 
 
 def test_bf16_trains(group, single_device, tmp_path):
-    options = [*micro_batches(4), "--train.precision", "bf16"]
+    options = [*micro_batches(4), "--train.precision", "bf16", "--train.steps", "20"]
     group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "low", *options))
     assert_trains_in_low_precision(single_device(*BASE), tmp_path / "low")
 
@@ -108,14 +117,14 @@ def most_in_flight(actions):
     return max(itertools.accumulate(changes))
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_order_and_peak_of_gpipe(group, tmp_path, ranks):
     for rank, actions in enumerate(recorded(group, tmp_path, ranks, "gpipe", 6, 1)):
         assert actions == [("F", rank, i) for i in range(6)] + [("B", rank, i) for i in range(6)]
         assert most_in_flight(actions) == 6
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_order_and_peak_of_1f1b(group, tmp_path, ranks):
     for rank, actions in enumerate(recorded(group, tmp_path, ranks, "1f1b", 6, 1)):
         assert most_in_flight(actions) == min(6, ranks - rank)
@@ -126,7 +135,9 @@ def test_order_and_peak_of_1f1b(group, tmp_path, ranks):
             assert [number for k, _, number in actions if k == kind] == list(range(6))
 
 
-@pytest.mark.parametrize(("ranks", "number", "chunks"), [(2, 4, 2), (3, 6, 2), (2, 8, 4)])
+@pytest.mark.parametrize(("ranks", "number", "chunks"), [
+    pytest.param(2, 4, 2, marks=pytest.mark.slow), (3, 6, 2), pytest.param(2, 8, 4, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_order_and_peak_of_interleaved(group, tmp_path, ranks, number, chunks):
     """Warm-up: 2 (ranks - 1 - rank) + (chunks - 1) ranks forwards (arXiv 2104.04473, 2.2); then in turn."""
     for rank, actions in enumerate(recorded(group, tmp_path, ranks, "interleaved", number, chunks)):
@@ -138,7 +149,7 @@ def test_order_and_peak_of_interleaved(group, tmp_path, ranks, number, chunks):
         assert {stage for _, stage, _ in actions} == {rank + ranks * chunk for chunk in range(chunks)}
 
 
-@pytest.mark.parametrize(("ranks", "chunks"), [(2, 2), (4, 1)])
+@pytest.mark.parametrize(("ranks", "chunks"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_zero_bubble_delays_the_gradients_of_weights(group, tmp_path, ranks, chunks):
     """Backward comes in two parts, the second of which waits where a neighbour waits for the first."""
     by_rank = recorded(group, tmp_path, ranks, "zero_bubble", 8, chunks)
@@ -176,20 +187,20 @@ def test_bad_input(group, tmp_path, ranks, options, words):
 
 
 @pytest.mark.parametrize(("first", "then"), [
-    ((SCRIPT, 4), (SCRIPT, 3)),
+    pytest.param((SCRIPT, 4), (SCRIPT, 3), marks=pytest.mark.slow),
     ((SCRIPT, 2, "--schedule", "interleaved"), ("ddp/train.py", 3)),
     (("ddp/train.py", 2), (SCRIPT, 2, "--schedule", "zero_bubble")),
     pytest.param(("fsdp/train.py", 3), (SCRIPT, 2), marks=pytest.mark.slow),
 ], ids=lambda value: " ".join(map(str, value)).replace("/", " "))  # fmt: skip
 def test_resume_elsewhere(group, single_device, tmp_path, first, then):
-    """Ten steps one way, ten another, on other ranks: the twenty of one process. Tied, the harder case."""
+    """Half of the steps one way, half another, on other ranks: those of one process. Tied, the harder case."""
 
     def options(script, ranks, *more):
         cut = micro_batches(6 if ranks == 3 else 4) if script == SCRIPT else []
         return arguments(tmp_path, "many", *FP64, *TIED, *cut, *more)
 
-    group(first[1])(SCRIPTS.train_until, first[0], options(*first), 10)
-    assert len(read_rows(tmp_path / "many")) == 10
+    group(first[1])(SCRIPTS.train_until, first[0], options(*first), STEPS // 2)
+    assert len(read_rows(tmp_path / "many")) == STEPS // 2
     group(then[1])(SCRIPTS.train, then[0], options(*then))
     assert_same_training(single_device(*BASE, *FP64, *TIED), tmp_path / "many")
 
@@ -198,8 +209,8 @@ def test_resume_without_momentum(group, single_device, tmp_path):
     """Plain SGD keeps nothing of a parameter that a checkpoint could hold."""
     options = [*FP64, *TIED, "--optimizer.name", "sgd", "--optimizer.betas", "[0.0, 0.0]", "--optimizer.lr", "0.01"]
     many = arguments(tmp_path, "many", *options, *micro_batches(4))
-    group(2)(SCRIPTS.train_until, SCRIPT, many, 10)
-    assert len(read_rows(tmp_path / "many")) == 10
+    group(2)(SCRIPTS.train_until, SCRIPT, many, STEPS // 2)
+    assert len(read_rows(tmp_path / "many")) == STEPS // 2
     group(2)(SCRIPTS.train, SCRIPT, many)
     one = single_device(*BASE, *options)
     assert_same_rows(one, tmp_path / "many", 1e-12)

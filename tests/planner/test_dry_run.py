@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -24,8 +25,9 @@ CONTEXT = "model_parallel/context_parallel.py"
 BATCH = ["--batch.global_size", "8", "--data.validation_samples", "8"]
 
 
+@cache
 def dry(script, world_size, *settings, rank=0, micro_batches=None):
-    """The report of a dry run in this process."""
+    """The report of a dry run in this process; made once, and not to be changed."""
     measured = DryRun(ROOT / script, world_size, rank, micro_batches).run(list(settings))
     return dry_run.report(measured, list(settings), 0.0)
 
@@ -56,8 +58,8 @@ def row(report, kind, axis):
 
 @pytest.mark.parametrize(("script", "ranks", "options"), [
     (FSDP, 2, []),
-    (FSDP, 2, ["--fsdp.reshard_after_forward", "false"]),
-    (FSDP, 2, ["--fsdp.replicate", "2"]),
+    pytest.param(FSDP, 2, ["--fsdp.reshard_after_forward", "false"], marks=pytest.mark.slow),
+    pytest.param(FSDP, 2, ["--fsdp.replicate", "2"], marks=pytest.mark.slow),
     (FSDP, 2, ["--batch.micro_size", "2"]),  # two micro-batches
     pytest.param(FSDP, 2, ["--train.precision", "bf16"], marks=pytest.mark.slow),
     pytest.param(FSDP, 2, ["--train.activation_checkpointing", "true"], marks=pytest.mark.slow),
@@ -65,13 +67,13 @@ def row(report, kind, axis):
     pytest.param(FSDP, 4, ["--model.ffn_width", "50"], marks=pytest.mark.slow),  # rows that 4 ranks do not divide
     pytest.param(FSDP, 4, ["--fsdp.reshard_after_forward", "false"], marks=pytest.mark.slow),
     (TENSOR, 2, []),
-    (TENSOR, 2, ["--sequence_parallel", "false"]),
+    pytest.param(TENSOR, 2, ["--sequence_parallel", "false"], marks=pytest.mark.slow),
     pytest.param(TENSOR, 4, ["--mesh.dp", "2"], marks=pytest.mark.slow),
     pytest.param(TENSOR, 4, ["--mesh.dp", "2", "--sequence_parallel", "false"], marks=pytest.mark.slow),
     (PIPELINE, 2, ["--batch.micro_size", "2"]),
     pytest.param(PIPELINE, 2, ["--batch.micro_size", "2", "--schedule", "zero_bubble"], marks=pytest.mark.slow),
     pytest.param(PIPELINE, 4, ["--batch.micro_size", "2", "--schedule", "gpipe"], marks=pytest.mark.slow),
-    (HYBRID, 2, ["--batch.micro_size", "2", "--mesh.tp", "1"]),
+    pytest.param(HYBRID, 2, ["--batch.micro_size", "2", "--mesh.tp", "1"], marks=pytest.mark.slow),
     (CONTEXT, 2, []),
     pytest.param(CONTEXT, 4, ["--mesh.dp", "2"], marks=pytest.mark.slow),
     pytest.param(HYBRID, 4, ["--batch.micro_size", "2"], marks=pytest.mark.slow),
@@ -103,7 +105,7 @@ WIDE = ["--model.preset", "llama3_8b", "--model.layers", "3", "--data.sequence_l
     (FSDP, [], ["all-gather world", "reduce-scatter world"]),
     (FSDP, ["--fsdp.reshard_after_forward", "false"], ["all-gather world", "reduce-scatter world"]),
     (FSDP, ["--fsdp.replicate", "8", "--train.precision", "bf16"],
-     ["all-gather shard", "reduce-scatter shard", "all-reduce replicate"]),
+     ["all-gather dp_shard", "reduce-scatter dp_shard", "all-reduce dp_replicate"]),
     (TENSOR, ["--mesh.tp", "8", "--mesh.dp", "8"],
      ["all-gather tp", "reduce-scatter tp", "all-gather dp", "reduce-scatter dp"]),
     (CONTEXT, ["--mesh.dp", "8"],
@@ -216,9 +218,9 @@ def test_it_is_the_script_that_is_counted(tmp_path):
     """A copy of the lesson that forgets its blocks: one unit, gathered once, and all of it whole at once."""
     shutil.copy(ROOT / "fsdp" / "settings.py", tmp_path)
     text = (ROOT / FSDP).read_text()
-    forgotten = "        fully_shard(block, **settings)\n"
+    forgotten = "(*model.blocks.values(), model)"
     assert text.count(forgotten) == 1
-    text = text.replace(forgotten, "        pass\n").replace("set_prefetch(list", "(lambda *_: None)(list")
+    text = text.replace(forgotten, "(model,)").replace("set_prefetch(list", "(lambda *_: None)(list")
     (tmp_path / "train.py").write_text(text)
     report = dry_run.report(DryRun(tmp_path / "train.py", 2, 0, None).run(BATCH), BATCH, 0.0)
     assert row(report, "all-gather", "world")["count"] == 1
@@ -235,15 +237,39 @@ def test_nothing_is_left_behind():
     assert "common.run" in sys.modules and sys.modules["common.run"].Run.__module__ == "common.run"
 
 
-def test_what_a_user_sees(launch, tmp_path):
-    arguments = ["--world_size", "64", "--device_memory_gib", "4", "--json", tmp_path / "report.json", "--", *WIDE]
-    output = launch("planner/dry_run.py", FSDP, *arguments, nproc=0).stdout
-    report = json.loads((tmp_path / "report.json").read_text())
+def test_what_a_user_sees(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "report.json"
+    options = ["--world_size", "64", "--device_memory_gib", "4", "--json", str(file), "--", *WIDE]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["planner/dry_run.py", FSDP, *options])
+    dry_run.main()
+    output, report = capsys.readouterr().out, json.loads(file.read_text())
     assert f"{report['bytes']['peak']:,}" in output
     assert "fsdp/train.py on 64 fake ranks, seen from rank 0; a step of 1 micro-batch of 1 × 2048 tokens" in output
     assert "exceeds the device's 4 GiB" in output
     assert "4 FSDP units in float32: this rank keeps" in output
     assert report["bytes"]["peak"] > 4 * 2**30
+    rows = {line.split("  ")[0]: line.split() for line in output.splitlines()}
+    gathers, formula = row(report, "all-gather", "world"), report["formulas"]
+    assert rows["all-gather"][1:] == ["world", "64", "7", "7"] + [
+        f"{value:,.0f}"
+        for value in (gathers["bytes"], formula["all-gather world bytes"]["value"], gathers["sent_bytes"])
+    ]
+    assert rows["parameters"][1] == f"{report['bytes']['parameters']:,}"
+
+
+@pytest.mark.slow
+def test_under_plain_python(launch):
+    output = launch("planner/dry_run.py", FSDP, "--world_size", "2", nproc=0).stdout
+    assert "fsdp/train.py on 2 fake ranks, seen from rank 0" in output and "without a single real tensor" in output
+
+
+@pytest.mark.parametrize(("kind", "sent"), [
+    ("all-gather", 3 / 4), ("reduce-scatter", 3 / 4), ("all-reduce", 3 / 2), ("send", 1), ("receive", 0),
+])  # fmt: skip
+def test_bytes_in_a_ring_of_four(kind, sent):
+    """Each of the n - 1 steps passes 1 / n of the whole on; an all-reduce is both."""
+    assert dry_run.SENT[kind](4) == sent
 
 
 @pytest.mark.slow

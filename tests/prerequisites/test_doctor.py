@@ -189,6 +189,7 @@ def test_wrong_usage_is_exit_code_2(arguments):
 # -------------------------------------------------------------------------------------------------------- together
 
 
+@pytest.mark.slow
 def test_two_ranks_meet_under_torchrun(launch):
     result = launch(DOCTOR, nproc=2)
     assert names(result.stdout) == EVERY_CHECK | {"all-reduce, Gloo", "device"}
@@ -250,6 +251,7 @@ def test_hosts_are_examined_and_reach_each_other(three_ranks):
     assert [row["status"] for row in rows if row["name"] == "shared folder"] == ["ok"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes_is_one_line(tmp_path):
     rank = start("--timeout", "3", **rank_variables(0, 2, free_port()))
     [(code, err, out)] = ends([rank], timeout=30)

@@ -47,6 +47,7 @@ def assert_stopped_by_the_gate(cluster, job: str, limit: str) -> None:
     assert not list(Path(cluster.folder).glob(f"runs/*job{job}")), "a training was started"
 
 
+@pytest.mark.slow
 def test_gate_opens_and_memory_is_logged(cluster):
     job = cluster.submit(*TRAINING, "4", BANDWIDTH_GATE="0.000001", MEMORY_LOG="0.5")
     output = cluster.completed(job)
@@ -61,6 +62,7 @@ def test_gate_opens_and_memory_is_logged(cluster):
     assert_nothing_left(cluster, job)
 
 
+@pytest.mark.slow
 def test_memory_logger_ends_with_a_cancelled_job(cluster):
     job = cluster.submit(*TRAINING, "5000", MEMORY_LOG="0.5")
     cluster.wait_for_text(job, r"step +10 ")
@@ -72,6 +74,7 @@ def test_memory_logger_ends_with_a_cancelled_job(cluster):
     assert list(found) == BOTH and min(found.values()) > 1
 
 
+@pytest.mark.slow
 def test_gate_stops_the_job(cluster):
     job = cluster.submit(*TRAINING, "4", BANDWIDTH_GATE="1000")
     assert_stopped_by_the_gate(cluster, job, "1000")

@@ -36,6 +36,7 @@ def namespaces() -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_two_clusters_at_once_and_nothing_left_behind(cluster, tmp_path):
     before = namespaces()
     interfaces = subprocess.run(["/usr/sbin/ip", "-br", "link"], capture_output=True, text=True).stdout
@@ -101,12 +102,15 @@ def test_kill_and_start_node(own_cluster):
     again = own_cluster("kill-node", "2")  # no harm done
     assert again.returncode == 0
     own_cluster("start-node", "2")
+    states = own_cluster.on_login("sinfo", "--noheader", "--Node", "--format=%N %t").stdout.split("\n")[:3]
+    assert states == ["node1 idle", "node2 idle", "node3 idle"], "start-node ended before the node was back"
     done = own_cluster.on_login("srun", "--nodes=3", "hostname")
     assert sorted(done.stdout.split()) == ["node1", "node2", "node3"]
     assert own_cluster("start-node", "2", check=False).stderr == "error: node2 is on\n"
     assert "there is no node 4" in own_cluster("kill-node", "4", check=False).stderr
 
 
+@pytest.mark.slow
 def test_throttle(own_cluster):
     """The token bucket is in place, holds bytes back, outlives a reboot of the node, and goes away again."""
 
@@ -133,6 +137,7 @@ def test_throttle(own_cluster):
     assert bucket("node1")["kind"] != "tbf"
 
 
+@pytest.mark.slow
 def test_forward_reaches_a_server_in_a_job(cluster):
     job = cluster.submit("--wrap", "hostname; exec python3 -m http.server 8765 --directory slurm/profiles")
     cluster.wait_for_text(job, "node")
@@ -168,6 +173,7 @@ def test_exit_code_and_arguments_pass_through_exec(cluster):
     assert (done.returncode, done.stdout) == (7, "a b|--c d\n")
 
 
+@pytest.mark.slow
 def test_without_root(cluster):
     """An ordinary user starts a cluster, runs a job as himself, kills a node, and leaves nothing."""
     if os.geteuid() != 0:

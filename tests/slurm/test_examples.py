@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 import subprocess
 import sys
@@ -12,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from equality import largest_difference, read_checkpoint, read_rows, read_validation
-from launching import ROOT, kill_tree, run_command
+from equality import SMALL, largest_difference, read_checkpoint, read_rows, read_validation
+from launching import ROOT, SCRIPTS, assert_refused, kill_tree, run_command
 from slurm_cluster import CLUSTER
 
 pytestmark = pytest.mark.slurm
@@ -48,6 +49,7 @@ def by_index(cluster) -> str:
     return str(cluster.folder / "%x-%A_%a.out")
 
 
+@pytest.mark.slow
 def test_learning_rate_sweep(cluster, one_process):
     array = cluster.submit("slurm/learning_rate_sweep.sbatch", *SHORT, SBATCH_OUTPUT=by_index(cluster))
     for index in range(4):
@@ -73,6 +75,7 @@ def test_learning_rate_sweep(cluster, one_process):
         assert cells[:6] == ["1", "torchrun", "4", f"{first:.4f}", f"{last:.4f}", f"{validation[name]:.4f}"]
 
 
+@pytest.mark.slow
 def test_sweep_index_out_of_range(cluster):
     array = cluster.submit("--array=7", "slurm/learning_rate_sweep.sbatch", SBATCH_OUTPUT=by_index(cluster))
     assert cluster.end_of(f"{array}_7") == "FAILED"
@@ -107,6 +110,7 @@ def chain(cluster, *settings: str) -> tuple[dict[str, str], Path]:
     return dict(zip(("train", "evaluate", "report"), found.groups()[:3], strict=True)), Path(found[4])
 
 
+@pytest.mark.slow
 def test_chain(cluster):
     jobs, folder = chain(cluster, *SHORT)
     table = cluster.completed(jobs["report"])
@@ -123,6 +127,7 @@ def test_chain(cluster):
     assert line[1:4] == ["2", "torchrun", "4"] and line[6] == f"{result['val_loss']:.4f}"
 
 
+@pytest.mark.slow
 def test_chain_whose_training_fails(cluster):
     """The links behind it are cancelled, and never ran, instead of waiting for ever."""
     jobs, folder = chain(cluster, "--train.steps", "0")
@@ -132,32 +137,92 @@ def test_chain_whose_training_fails(cluster):
     assert not folder.exists()
 
 
+@pytest.fixture
+def begun(tmp_path):
+    """The folder of a run that has not made a step."""
+    folder = tmp_path / "begun"
+    folder.mkdir()
+    for name, text in {"config.yaml": "seed: 1\n", "run.json": "{}", "metrics.jsonl": ""}.items():
+        (folder / name).write_text(text)
+    return folder
+
+
 @pytest.mark.parametrize(
-    ("script", "arguments", "words"),
+    ("arguments", "words"),
     [
-        ("evaluate.py", [], "found 0 arguments; expected one run folder"),
-        ("evaluate.py", ["{tmp}/none"], "none holds no config.yaml; expected the folder of a run"),
-        ("evaluate.py", ["{tmp}/begun"], "begun holds no finished checkpoint"),
-        ("report.py", [], "no run given; expected one or more folders"),
-        ("report.py", ["{tmp}/none"], "run.json cannot be read (No such file or directory)"),
-        ("report.py", ["{tmp}/begun"], "begun has no steps yet"),
+        ([], "found 0 arguments; expected one run folder"),
+        (["{tmp}/none"], "none holds no config.yaml; expected the folder of a run"),
+        (["{tmp}/begun"], "begun holds no finished checkpoint"),
     ],
 )
-def test_one_line_for_a_wrong_folder(tmp_path, script, arguments, words):
-    begun = tmp_path / "begun"
-    begun.mkdir()
-    for name, text in {"config.yaml": "seed: 1\n", "run.json": "{}", "metrics.jsonl": ""}.items():
-        (begun / name).write_text(text)
-    command = [sys.executable, f"slurm/{script}", *(argument.format(tmp=tmp_path) for argument in arguments)]
-    done = run_command(command, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ") and words in line
+def test_nothing_to_evaluate(group, tmp_path, begun, arguments, words):
+    given = [argument.format(tmp=tmp_path) for argument in arguments]
+    assert_refused(group(1)(SCRIPTS.ends, "slurm/evaluate.py", given), words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "no run given; expected one or more folders"),
+        (["{tmp}/none"], "run.json cannot be read (No such file or directory)"),
+        (["{tmp}/begun"], "begun has no steps yet"),
+    ],
+)
+def test_nothing_to_report(tmp_path, begun, arguments, words):
+    given = [argument.format(tmp=tmp_path) for argument in arguments]
+    done = run_command([sys.executable, "slurm/report.py", *given], check=False)
+    assert_refused([(done.returncode, done.stderr)], words)
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16"])
+def test_evaluation_is_that_of_the_run(group, tmp_path, precision):
+    """One process, batches of another size, the checkpoint of two ranks: the loss is the one that the run reported.
+
+    fp64 within 1e-12; fp32 in another order of sums; bf16 within a rounding of 2^-8, and not in fp32.
+    """
+    run = tmp_path / "run"
+    places = ["--runs_dir", str(tmp_path), "--run_name", "run", "--train.precision", precision]
+    group(2)(SCRIPTS.train, "ddp/train.py", [*SMALL, "--train.steps", "2", *places, "--data.validation_samples", "26"])
+    (printed,) = group(1)(SCRIPTS.printed, "slurm/evaluate.py", [str(run)])
+    result = json.loads((run / "evaluation.json").read_text())
+    bound = {"fp64": 1e-12, "fp32": 1e-6, "bf16": 1e-2}[precision]
+    assert result["val_loss"] == pytest.approx(read_validation(run)[2], abs=bound)
+    assert (result["checkpoint"], result["steps"], result["tokens"]) == ("step_2", 2, 26 * 16)
+    assert result["bits_per_byte"] == pytest.approx(result["val_loss"] / math.log(2), rel=1e-12)
+    assert result["perplexity_per_byte"] == pytest.approx(math.exp(result["val_loss"]), rel=1e-12)
+    words = f"run after 2 steps: validation loss {result['val_loss']:.4f}, {result['bits_per_byte']:.4f} bits per byte"
+    assert words in printed and f"perplexity {result['perplexity_per_byte']:.2f} per byte, over 416 bytes" in printed
+
+
+def test_report_of_runs_made_by_hand(tmp_path):
+    """The lowest validation loss first; the median rate leaves the first step out; an evaluation counts before a run's
+    own last loss; a row that is half written does not count."""
+    for name, first, own, evaluated in (("a", 5.0, 3.5, None), ("b", 4.0, 4.5, 2.25), ("c", 4.0, None, None)):
+        (tmp_path / name).mkdir()
+        record = {"world_size": 2, "launcher": "srun", "unit": "tokens"}
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+        rows = [{"step": i, "loss": first - i / 2, "tokens_per_second": [1, 7000, 9000, 8000][i],
+                 "peak_memory_bytes": [1, 3, 2, 1][i] * 2**29} for i in range(4)]  # fmt: skip
+        rows += [{"step": 2, "val_loss": 9.0}, {"step": 4, "val_loss": own}] if own else []
+        lines = [json.dumps(row) for row in rows] + ['{"step": 4, "loss": 0.1']
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines))
+        if evaluated:
+            (tmp_path / name / "evaluation.json").write_text(json.dumps({"val_loss": evaluated}))
+    folders = [str(tmp_path / name) for name in "cab"]
+    done = run_command([sys.executable, "slurm/report.py", *folders])
+    assert [re.split(r" {2,}", line.strip()) for line in done.stdout.splitlines()] == [
+        ["run", "ranks", "launcher", "steps", "first loss", "last loss", "val loss", "tokens/s", "peak GiB"],
+        ["b", "2", "srun", "4", "4.0000", "2.5000", "2.2500", "8,000", "1.50"],
+        ["a", "2", "srun", "4", "5.0000", "3.5000", "3.5000", "8,000", "1.50"],
+        ["c", "2", "srun", "4", "4.0000", "2.5000", "-", "8,000", "1.50"],
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ preemption
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_preempted_requeued_finished(cluster):
     """The urgent job is the same training, which nobody disturbs: both must end with the same weights."""
@@ -184,6 +249,7 @@ def test_preempted_requeued_finished(cluster):
 # ------------------------------------------------------------------------------------------------ salloc
 
 
+@pytest.mark.slow
 def test_interactive_steps(cluster, one_process):
     salloc = ["salloc", "--nodes=2", "--gpus-per-node=2", "slurm/interactive.sh"]
     done = cluster.on_login(*salloc, *SHORT, timeout=150)
@@ -197,19 +263,21 @@ def test_interactive_steps(cluster, one_process):
     assert cluster.end_of(job) == "COMPLETED"  # the nodes were given back
 
 
+@pytest.mark.slow
 def test_shell_of_salloc(cluster):
     """Without a command salloc opens a shell on the first node; plain python is one process there, srun all tasks."""
     python = f"{sys.executable} -c 'import common.ranks as r; print(r.read_environment())'"
     typed = f"{python}; hostname; srun hostname; exit\n"
     salloc = ["script", "--quiet", "--return", "--command", "salloc --nodes=2 --gpus-per-node=2", "/dev/null"]
     done = cluster.on_login("bash", "-c", 'printf %s "$1" | "${@:2}"', "_", typed, *salloc, SHELL="/bin/bash")
-    assert "Place(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher='python'" in done.stdout
+    assert "LaunchInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher='python'" in done.stdout
     assert sorted(re.findall(r"^node\d", done.stdout, re.MULTILINE)) == ["node1", "node1", "node2"]
 
 
 # ------------------------------------------------------------------------------------------------ unlike nodes
 
 
+@pytest.mark.slow
 def test_heterogeneous(cluster, one_process):
     job = cluster.submit("slurm/heterogeneous.sbatch", *SHORT)
     cluster.completed(job)
@@ -249,6 +317,7 @@ def request(url: str, token: str = "", method: str = "GET") -> tuple[int, str]:
             time.sleep(0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ended_by", ["scancel", "the Shut Down of JupyterLab"])
 def test_jupyter(cluster, tmp_path, ended_by):
     job = cluster.submit("slurm/jupyter.sbatch", JUPYTER_RUNTIME_DIR=str(tmp_path))

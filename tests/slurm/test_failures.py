@@ -33,6 +33,7 @@ def assert_equal_runs(run: Path, other: Path) -> None:
     assert largest_difference(read_checkpoint(run, STEPS), read_checkpoint(other, STEPS)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_killed_rank_fails_the_job(cluster):
     job = cluster.submit("ddp/multi_node.sbatch", "--train.steps", "5000", "--model.layers", "1")
@@ -45,6 +46,7 @@ def test_killed_rank_fails_the_job(cluster):
     assert not cluster.pids("node1", r"ddp/train\.py") and not cluster.pids("node2", r"ddp/train\.py")
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_killed_node_requeued_resumed(cluster, undisturbed):
     job = cluster.submit(*TRAINING)
@@ -53,13 +55,14 @@ def test_killed_node_requeued_resumed(cluster, undisturbed):
     try:
         cluster.wait_for(job, "PENDING", timeout=60)  # Slurm has noticed, and requeued the job
     finally:
-        cluster("start-node", "2")
+        cluster("start-node", "2", timeout=120)  # a minute, in which what was meant for the dead node is sent again
     text = cluster.completed(job, timeout=240)
     assert cluster.show(job)["Restarts"] == "1"
     assert "resumed from" in text
     assert_equal_runs(cluster.run_folder(job), undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_signal_before_the_time_limit(cluster, undisturbed):
     """A limit of one minute, with the signal 30 s before it: the run needs several attempts."""
@@ -83,12 +86,14 @@ def failed(cluster, *sbatch: str, **environment: str) -> str:
     return output
 
 
+@pytest.mark.slow
 def test_wrong_interface_name(cluster):
     output = failed(cluster, "ddp/multi_node.sbatch", GLOO_SOCKET_IFNAME="eth7")
     assert "GLOO_SOCKET_IFNAME=eth7: host node1 has no interface 'eth7'" in output
     assert "eth0, lo" in output or "lo, eth0" in output
 
 
+@pytest.mark.slow
 def test_settings_that_cannot_work(cluster, tmp_path):
     source = ["--wrap", "bash -c 'source slurm/job_env.sh; echo went on'"]  # Slurm's own wrapper is sh
     gpu = ["--gpus-per-node=1"]
@@ -136,6 +141,7 @@ def test_impossible_requests_are_refused_at_once(cluster):
         assert "Requested node configuration is not available" in done.stderr
 
 
+@pytest.mark.slow
 def test_environment_staged_to_each_node(cluster, tmp_path):
     """A small environment that leans on this one is copied to both nodes' disks, used there, and removed."""
     environment = tmp_path / "environment"

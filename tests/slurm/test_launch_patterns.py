@@ -32,22 +32,38 @@ PATTERNS = {
 }
 
 
+QUICK = ("one task a node, two nodes", "one task a device", "MPI")  # each launcher on two nodes of two GPUs
+
+
 @pytest.fixture(scope="module")
 def losses(cluster):
     """The losses of each pattern, by name, once they have run."""
     return {}
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_launch_pattern(cluster, losses, pattern):
-    sbatch, world_size, hosts, launcher = PATTERNS[pattern]
-    job = cluster.submit(*sbatch, *SHORT)
+def ran(cluster, losses, pattern, job):
+    """Wait for the job of a pattern; it trains as those before it did."""
+    _, world_size, hosts, launcher = PATTERNS[pattern]
     cluster.completed(job)
     losses[pattern] = check(cluster.run_folder(job), world_size, hosts, launcher)
     for other, values in losses.items():
         assert losses[pattern] == pytest.approx(values, abs=SAME), f"{pattern} against {other}"
 
 
+def test_each_launcher_on_two_nodes(cluster, losses):
+    """One test, so that its jobs are submitted together and Slurm starts each as soon as it can."""
+    jobs = {pattern: cluster.submit(*PATTERNS[pattern][0], *SHORT) for pattern in QUICK}
+    for pattern, job in jobs.items():
+        ran(cluster, losses, pattern, job)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", [pattern for pattern in PATTERNS if pattern not in QUICK])
+def test_launch_pattern(cluster, losses, pattern):
+    ran(cluster, losses, pattern, cluster.submit(*PATTERNS[pattern][0], *SHORT))
+
+
+@pytest.mark.slow
 def test_two_jobs_on_one_node_do_not_collide(cluster):
     """Both want the first node and start at once; each has one of its GPUs, a port and a run folder of its own."""
     common = ["--nodes=1", "--nodelist=node1", "--gpus-per-node=1", "ddp/multi_node.sbatch", *SHORT]
@@ -60,6 +76,7 @@ def test_two_jobs_on_one_node_do_not_collide(cluster):
     assert ends[0] != ends[1]  # another seed: neither has read or written the other's run
 
 
+@pytest.mark.slow
 def test_mpi_on_three_nodes(cluster, losses, tmp_path):
     """mpirun starts helpers on the second and third node by one srun, whose step is not that of the ranks."""
     three = SlurmCluster(f"test-three-{os.getpid()}", tmp_path, nodes=3, gpus=1)

@@ -47,6 +47,7 @@ def gone(pid):
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_jobs_process_is_seen_and_nobody_elses(tmp_path):
     """200 MiB come and stay, then go: the peak rises by them, and by nothing that belongs to another job."""
     job = f"memory-test-{uuid.uuid4()}"  # as Slurm sets it: only processes that carry it count
@@ -146,6 +147,7 @@ def test_it_ends_with_the_process_that_it_was_told_to_watch(tmp_path):
     assert (watching.returncode, err) == (0, "") and "peak" in out
 
 
+@pytest.mark.slow
 def test_a_second_run_on_a_host_writes_over_nothing(tmp_path):
     for expected in (["here.csv"], ["here-2.csv", "here.csv"]):
         watching = logger(tmp_path, "--host", "here")

@@ -61,6 +61,7 @@ def test_unknown_cluster(choice):
     assert done.stderr.count("\n") == 1 and "expected one of aws-efa.sh default.sh" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.slurm
 def test_a_profile_of_ones_own_in_a_job(cluster, tmp_path):
     mine = tmp_path / "mine.sh"

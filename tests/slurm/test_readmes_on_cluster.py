@@ -20,9 +20,7 @@ def blocks() -> list:
         except DocsError:
             continue  # tests/docs shows it
     return [
-        pytest.param(
-            block, id=block.where, marks=[pytest.mark.timeout(block.timeout_s + 60), *[pytest.mark.slow] * block.slow]
-        )
+        pytest.param(block, id=block.where, marks=[pytest.mark.timeout(block.timeout_s + 60), pytest.mark.slow])
         for block in found
     ]
 

@@ -42,6 +42,7 @@ def facts(cluster, job: str) -> list[str]:
     return lines[1:]
 
 
+@pytest.mark.slow
 def test_all_pass_on_a_healthy_cluster(cluster):
     rows, said = run_checks(cluster)
     assert list(rows) == CHECKS, said
@@ -75,6 +76,7 @@ def test_all_pass_on_a_healthy_cluster(cluster):
     assert output["several_nodes"].count("ranks on 2 (node1, node2), asked for 2") == 2
 
 
+@pytest.mark.slow
 def test_fewer_ranks_than_gpus(cluster):
     rows, said = run_checks(
         cluster, "--only", "several_devices,one_device", "--", "--ntasks-per-node=1", code=1
@@ -87,12 +89,14 @@ def test_fewer_ranks_than_gpus(cluster):
     assert "1 passed, 1 failed" in said
 
 
+@pytest.mark.slow
 def test_data_that_is_not_there(cluster):
     rows, _ = run_checks(cluster, "--only", "data_set,one_device", code=1, DATA="/no/such/data")
     assert states(rows) == {"data_set": "FAILED", "one_device": "COMPLETED"}
     assert rows["data_set"][3].startswith("reading /no/such/data: No such file or directory, on node1, node2; correct")
 
 
+@pytest.mark.slow
 def test_data_that_differ_between_nodes(cluster):
     """A folder on each node's own disk; one node's copy has another last byte in one file."""
     state = Path(cluster.state_folder())
@@ -108,6 +112,7 @@ def test_data_that_differ_between_nodes(cluster):
     assert len(found) == 2 and all("2 files, 0.0 MB" in line for line in found)
 
 
+@pytest.mark.slow
 def test_run_folder_that_is_not_shared(cluster):
     local = f"{cluster.state_folder()}/local/runs"
     rows, _ = run_checks(cluster, "--only", "file_system,one_device", code=1, RUNS_DIR=local)
@@ -115,12 +120,14 @@ def test_run_folder_that_is_not_shared(cluster):
     assert re.match(rf"sharing the file that node1 wrote to {local} is not there on node2", rows["file_system"][3])
 
 
+@pytest.mark.slow
 def test_run_folder_that_cannot_be_written(cluster):
     rows, _ = run_checks(cluster, "--only", "file_system", code=1, RUNS_DIR="/proc")  # there, and takes no files
     assert states(rows) == {"file_system": "FAILED"}
     assert re.match(r"writing node1 cannot write /proc/\.check-\d+/rank-0: ", rows["file_system"][3])
 
 
+@pytest.mark.slow
 def test_environment_that_is_not_there(cluster):
     rows, _ = run_checks(cluster, "--only", "user_space", code=1, VENV="/no/such/environment")
     assert states(rows) == {"user_space": "FAILED"}
@@ -146,6 +153,7 @@ def test_impossible_requests_are_refused_at_once(cluster, option, refused):
     assert " ".join(option) in last
 
 
+@pytest.mark.slow
 def test_a_job_that_can_never_start(cluster):
     failing = cluster.submit("--wrap", "exit 1")
     assert cluster.end_of(failing) == "FAILED"
@@ -156,6 +164,7 @@ def test_a_job_that_can_never_start(cluster):
         assert cluster.end_of(job) == "CANCELLED"
 
 
+@pytest.mark.slow
 def test_a_job_without_a_verdict_has_not_passed(cluster, tmp_path):
     """COMPLETED is not enough: here another script runs, and the check's file is only its argument."""
     script = tmp_path / "other.sh"
@@ -189,6 +198,7 @@ def test_the_last_line_agrees_with_the_exit_code(part, code, last):
     assert (done.returncode, done.stdout.splitlines()[-1]) == (code, last)
 
 
+@pytest.mark.slow
 def test_cancelled_at_the_timeout_and_at_ctrl_c(cluster):
     rows, _ = run_checks(cluster, "--only", "several_nodes,file_system", "--timeout", "1", code=1)
     assert set(states(rows).values()) == {"CANCELLED"}

@@ -237,6 +237,7 @@ def test_called_wrongly(arguments):
     assert (done.returncode, done.stdout) == (2, "") and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow  # test_the_files_of_the_repository has read them one by one
 def test_without_arguments_it_reads_the_whole_repository():
     assert ROOT / "ddp" / "multi_node.sbatch" in sbatch_lint.repository_files()
     done = lint()

@@ -23,3 +23,10 @@ def wait_for_all() -> None:
         wait("seen")
     else:
         store.add("seen", 1)
+
+
+def leave_together() -> None:
+    """Destroy the process group that a script which ended by a mistake has left behind, if there is one."""
+    if dist.is_initialized():
+        wait_for_all()
+        dist.destroy_process_group()

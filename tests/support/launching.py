@@ -197,20 +197,20 @@ class Group:
 
 
 class Groups:
-    """One group of each size, kept for the tests of one room."""
+    """One group of each size, kept for the tests of one folder."""
 
     def __init__(self) -> None:
         self.groups: dict[int, Group] = {}
-        self.room = ""
+        self.folder = ""
 
     def __call__(self, size: int) -> Group:
         return self.groups.setdefault(size, Group(size))
 
-    def enter(self, room: str) -> None:
-        """End the ranks of another room."""
-        if room != self.room:
+    def enter(self, folder: str) -> None:
+        """End the ranks of another folder."""
+        if folder != self.folder:
             self.stop()
-        self.room = room
+        self.folder = folder
 
     def stop(self) -> None:
         """End all ranks."""

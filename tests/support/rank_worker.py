@@ -6,6 +6,7 @@ the environment that torchrun would set: so a script's own main() can run here.
 """
 
 import contextlib
+import gc
 import importlib.util
 import io
 import os
@@ -36,6 +37,7 @@ def load(path: str):
 
 def main(calls: Connection, environment: dict[str, str]) -> None:
     """Answer calls until the other end is closed."""
+    gc.freeze()  # what the server has imported is no garbage: neither look at it again, nor copy its pages
     import torch  # here, not at the top: the process that forks ranks by this file need not import it
     import torch.distributed as dist
 

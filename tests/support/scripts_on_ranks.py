@@ -6,8 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-from ended_together import wait_for_all
+from ended_together import leave_together
 from own_folder import own_folder
 from rank_worker import starts_its_own_group
 
@@ -32,9 +31,7 @@ def ends(script: str, arguments: list[str]) -> tuple[int, str]:
             train(script, arguments)
         except SystemExit as ended:
             code = ended.code
-    if dist.is_initialized():
-        wait_for_all()
-        dist.destroy_process_group()
+    leave_together()
     return code, stderr.getvalue()
 
 
@@ -56,7 +53,7 @@ def train_until(script: str, arguments: list[str], steps: int) -> None:
 
     def log_and_stop(self, step, *rest):
         if step == steps - 2:  # the wish travels with this step's numbers and is read with the next one's
-            self._stop_requested.set()
+            self.stop_request.request()
         log(self, step, *rest)
 
     Run.log = log_and_stop

@@ -1,4 +1,4 @@
-"""Networks for images, and the settings of the scripts that train them."""
+"""The networks for images, the settings of the scripts that train them, and BatchNorm's statistics across ranks."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,13 +6,15 @@ from functools import partial
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torchvision.models import resnet18, resnet50
 
 from common.config import RunConfig, TrainConfig
-from common.data import ImageConfig
 from common.data_sharding import BatchConfig
 from common.optimizer import OptimizerConfig
+from common.ranks import Ranks
+from vision.images import ImageConfig
 
 
 @dataclass
@@ -116,3 +118,21 @@ def build_model(config: VisionModel, channels: int, image_size: int, classes: in
     nn.init.normal_(model.fc.weight, std=0.01)
     nn.init.zeros_(model.fc.bias)
     return model
+
+
+@torch.no_grad()
+def average_statistics(model: nn.Module, ranks: Ranks) -> None:
+    """Give all ranks the mean of their BatchNorm running statistics; nothing to do for a model without any.
+
+    Training never reads the statistics, so each rank may gather its own during a step. Evaluation, checkpoints and
+    the replica check do read them, and must find the same on all ranks. The mean has seen the images of all ranks;
+    DDP's own broadcast keeps only what rank 0 saw.
+    """
+    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]  # counters agree anyway
+    if not statistics:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in statistics])  # one all-reduce for all layers
+    dist.all_reduce(flat)
+    flat /= ranks.world_size
+    for buffer, mean in zip(statistics, flat.split([b.numel() for b in statistics]), strict=True):
+        buffer.copy_(mean.view_as(buffer))

@@ -1,0 +1,164 @@
+"""What makes a folder of files a checkpoint: a manifest, written last. Knows nothing of torch.
+
+    checkpoints/step_120/manifest.json   step, files with sizes and checksums; no manifest, no checkpoint
+    checkpoints/attempt                  who may commit here: the newest attempt of a run, no leftover
+
+Renaming a directory is no commit on a shared file system, where another node may see the rename before the data.
+Each rank syncs its own files before a barrier, and rank 0 writes the manifest after it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save, and how much to keep."""
+
+    every: int = 0
+    """Steps between two checkpoints; 0 saves only at the end, or when the run is told to stop."""
+    keep: int = 2
+    """How many committed checkpoints stay."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.keep < 1:
+            raise ValueError(
+                f"checkpoint.every = {self.every} must be 0 or more, and checkpoint.keep = {self.keep} at least 1"
+            )
+
+
+class TakenOver(Exception):
+    """A newer attempt of the run has claimed the folder: this one must not commit."""
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names of a folder's files to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def checksum(path: Path) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file, as a manifest has them."""
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def claim(folder: Path) -> str:
+    """Claim `folder` for this attempt: from now on, only it may commit there. Call it on rank 0 alone.
+
+    A process of an attempt whose node was lost may still exist and wake up after the requeued run has gone on.
+
+    Returns:
+        The attempt's name, for `commit`.
+    """
+    name = uuid.uuid4().hex[:12]
+    (folder / f"attempt-{name}.tmp").write_text(name)
+    (folder / f"attempt-{name}.tmp").replace(folder / "attempt")
+    return name
+
+
+def _is_current(folder: Path, attempt: str | None) -> bool:
+    return attempt is None or (folder / "attempt").read_text() == attempt
+
+
+def _taken_over(folder: Path) -> str:
+    return f"another attempt has taken over {folder}; this one ends, and leaves the checkpoints to it"
+
+
+def why_it_failed(folder: Path, attempt: str | None, found: str) -> str:
+    """Return `found`, unless another attempt has taken over: that one removes what this one was writing."""
+    with contextlib.suppress(OSError):
+        if not _is_current(folder, attempt):
+            return _taken_over(folder)
+    return f"{found}; earlier checkpoints are untouched"
+
+
+def commit(target: Path, content: dict[str, Any], keep: int, attempt: str | None) -> None:
+    """Write the manifest of the checkpoint `target`, then remove old checkpoints. Call it on rank 0 alone.
+
+    Args:
+        content: step, files and the rest of the manifest.
+        keep: how many committed checkpoints stay.
+        attempt: what `claim` returned; None commits unasked.
+
+    Raises:
+        OSError: a file of another rank is not visible here, or the manifest cannot be written.
+        TakenOver: another attempt has claimed the folder.
+    """
+    folder, shards = target.parent, target / content["shards"]
+    for name, entry in content["files"].items():
+        if not (shards / name).is_file() or (shards / name).stat().st_size != entry["bytes"]:
+            raise OSError(f"rank 0 does not see {name} of another rank; is runs_dir on a shared file system?")
+    temporary = target / f"manifest-{shards.name}.tmp"
+    with open(temporary, "w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    if _is_current(folder, attempt):
+        try:  # only where there is none: an attempt that stops right here, and wakes late, cannot replace one
+            os.link(temporary, target / "manifest.json")
+            temporary.unlink()
+        except OSError:  # there is one, of an attempt before this; or the file system knows no links
+            if _is_current(folder, attempt):
+                temporary.replace(target / "manifest.json")
+        sync_folder(target)
+    if not _is_current(folder, attempt):
+        raise TakenOver(_taken_over(folder))
+    _remove_old(folder, target, keep)
+
+
+def _step_of(checkpoint: Path) -> int:
+    number = checkpoint.name.removeprefix("step_")
+    return int(number) if number.isdigit() else -1
+
+
+def _remove_old(folder: Path, newest: Path, keep: int) -> None:
+    committed = sorted((m.parent for m in folder.glob("step_*/manifest.json")), key=_step_of)
+    torn = [p for p in folder.glob("step_*") if p not in committed and _step_of(p) < _step_of(newest)]
+    for old in committed[:-keep] + torn:
+        (old / "manifest.json").unlink(missing_ok=True)  # first of all: half-removed is not committed
+        shutil.rmtree(old, ignore_errors=True)
+    current = json.loads((newest / "manifest.json").read_text())["shards"]
+    for leftover in newest.glob("shards-*"):  # of an attempt at the same step that died before its commit
+        if leftover.name != current:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def latest(folder: Path) -> Path | None:
+    """The committed checkpoint with the highest step in `folder`, or None. Call it on rank 0 and broadcast."""
+    return max((manifest.parent for manifest in folder.glob("step_*/manifest.json")), key=_step_of, default=None)
+
+
+def read(checkpoint: Path) -> dict[str, Any]:
+    """Read and check a checkpoint's manifest: that it is ours, and that its files are there in their full size.
+
+    Raises:
+        ValueError: with one line on what is wrong.
+    """
+    path = checkpoint / "manifest.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{checkpoint} holds no manifest.json: not a checkpoint of this project, or one never finished"
+        )
+    try:
+        manifest = json.loads(path.read_text())
+        for name, entry in manifest["files"].items():
+            file = checkpoint / manifest["shards"] / name
+            found = file.stat().st_size if file.is_file() else None
+            if found != entry["bytes"]:
+                state = "is missing" if found is None else f"is truncated or changed: {found} bytes"
+                raise ValueError(f"{file} {state}, the manifest says {entry['bytes']}; use another checkpoint")
+        assert {"step", "parameters", "optimizer", "extra"} <= manifest.keys()
+    except (KeyError, TypeError, AttributeError, AssertionError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is not a manifest that this project wrote ({type(error).__name__}: {error})"
+        ) from None
+    return manifest

@@ -1,0 +1,1 @@
+"""What the lessons that train on images share: the data sets and the networks."""

@@ -1,0 +1,157 @@
+"""The images: handwritten digits that need no download, and MNIST, CIFAR-10 or a folder of images by path.
+
+The digits come with scikit-learn.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from common.ranks import fail
+
+
+@dataclass
+class ImageConfig:
+    """Which images, and how they are fed."""
+
+    source: Literal["digits", "mnist", "cifar10", "folder"] = "digits"
+    """digits (embedded), mnist and cifar10 (torchvision's files), or a folder with train/ and val/ by class."""
+    path: str | None = None
+    """Where the files are; not needed for digits."""
+    image_size: int | None = None
+    """Side of the square images in pixels; by default that of the data set (224 for folders)."""
+    augment: bool = True
+    """Random crop and flip in training, where the data set allows it."""
+    workers: int = 0
+    """Loader processes per rank."""
+
+    def __post_init__(self) -> None:
+        if self.source != "digits" and not self.path:
+            raise ValueError(f"data.source = {self.source} needs data.path, the folder with its files")
+        if self.workers < 0 or (self.image_size is not None and self.image_size < 8):
+            raise ValueError(
+                f"data.workers = {self.workers} must be 0 or more, data.image_size = {self.image_size} at least 8"
+            )
+
+
+class ImageDataset:
+    """Images by index, transformed: (image (channels, height, width) float32, label int)."""
+
+    def __init__(self, items: Any, labels: Any, transform: Callable[[Any], torch.Tensor], augments: bool) -> None:
+        self.items, self.labels, self.transform, self.augments = items, labels, transform, augments
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(self.items[index]), int(self.labels[index])
+
+    def fingerprint(self) -> str:
+        """A short hash of the labels in their order."""
+        labels = np.asarray(self.labels, dtype=np.int64)
+        return f"{len(labels)}:{hashlib.sha256(labels.tobytes()).hexdigest()[:16]}"
+
+
+class _ImageFiles:
+    """Images read from disk when asked for."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+
+    def __getitem__(self, index: int) -> Any:
+        from PIL import Image
+
+        try:
+            with Image.open(self.paths[index]) as image:
+                return image.convert("RGB")
+        except OSError as error:
+            fail(f"{self.paths[index]} cannot be read as an image ({error}); replace or remove it")
+
+
+def image_datasets(config: ImageConfig) -> tuple[ImageDataset, ImageDataset, int]:
+    """Open the training and the validation set; returns (train, validation, number of classes).
+
+    Raises:
+        SystemExit: (exit code 2) files are missing: what was looked for, and how to get it.
+    """
+    from torchvision import datasets as tv
+    from torchvision.transforms import v2
+
+    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    if config.source == "folder":
+        return _folder_datasets(config, to_tensor)
+    if config.source == "digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images = torch.from_numpy(digits.images).float().div(16).unsqueeze(1)  # (1797, 1, 8, 8), 0 … 1
+        size = config.image_size or 8
+        resize = v2.Resize(size) if size != 8 else v2.Identity()
+        is_validation = np.arange(len(images)) % 5 == 4
+        transform = v2.Compose([resize, v2.Normalize([0.5], [0.5])])
+        train, validation = (
+            ImageDataset(images[mask], digits.target[mask], transform, augments=False)
+            for mask in (~is_validation, is_validation)
+        )
+        return train, validation, 10
+    builder = {"mnist": tv.MNIST, "cifar10": tv.CIFAR10}[config.source]
+    try:
+        sets = [builder(root=str(config.path), train=part, download=False) for part in (True, False)]
+    except (RuntimeError, ValueError, AssertionError, OSError):  # torchvision's ways to say missing or damaged
+        name = builder.__name__
+        fetch = f"from torchvision.datasets import {name}; {name}('{config.path}', download=True)"
+        fail(
+            f"data.path = {config.path}: no {name} there, or a damaged one; fetch it once, where there is "
+            f'internet: python -c "{fetch}"'
+        )
+    size = config.image_size or (28 if config.source == "mnist" else 32)
+    mean, std = ([0.1307], [0.3081]) if config.source == "mnist" else ([0.491, 0.482, 0.447], [0.247, 0.243, 0.262])
+    plain = [*to_tensor, v2.Resize(size), v2.Normalize(mean, std)]
+    augments = config.augment and config.source == "cifar10"  # a mirrored digit is another digit
+    random = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()] if augments else []
+    pictures = [
+        torch.as_tensor(np.asarray(part.data)) for part in sets
+    ]  # MNIST (n, 28, 28), CIFAR-10 (n, 32, 32, 3) uint8
+    pictures = [p.unsqueeze(1) if p.ndim == 3 else p.permute(0, 3, 1, 2).contiguous() for p in pictures]
+    return (
+        ImageDataset(pictures[0], sets[0].targets, v2.Compose([*random, *plain]), augments),
+        ImageDataset(pictures[1], sets[1].targets, v2.Compose(plain), augments=False),
+        10,
+    )
+
+
+def _folder_datasets(config: ImageConfig, to_tensor: list[Any]) -> tuple[ImageDataset, ImageDataset, int]:
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    root, size = Path(str(config.path)), config.image_size or 224
+    if not ((root / "train").is_dir() and (root / "val").is_dir()):
+        fail(f"data.path = {root}: looked for train/CLASS/*.jpg and val/CLASS/*.jpg, as ImageNet unpacks")
+    annotations = root / "val" / "val_annotations.txt"  # Tiny ImageNet keeps its validation labels in a file
+    try:
+        train = ImageFolder(str(root / "train"))
+        if annotations.is_file():
+            rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line]
+            validation = [(str(root / "val" / "images" / name), train.class_to_idx[label]) for name, label in rows]
+        else:
+            folder = ImageFolder(str(root / "val"))
+            if folder.classes != train.classes:
+                fail(f"{root}/val has {len(folder.classes)} classes, train {len(train.classes)}; they must be the same")
+            validation = folder.samples
+    except (FileNotFoundError, KeyError) as error:
+        fail(f"data.path = {root}: not a tree of images by class ({error})")
+    normalize = [*to_tensor, v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
+    # The usual evaluation crop: the middle 7/8 of the image (He et al., arXiv 1512.03385, section 3.4).
+    center = [v2.Resize(size * 8 // 7), v2.CenterCrop(size)]
+    random = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()] if config.augment else center
+
+    def dataset(samples: list[tuple[str, int]], transforms: list[Any], augments: bool) -> ImageDataset:
+        paths, labels = [path for path, _ in samples], [label for _, label in samples]
+        return ImageDataset(_ImageFiles(paths), labels, v2.Compose([*transforms, *normalize]), augments)
+
+    return (dataset(train.samples, random, config.augment), dataset(validation, center, False), len(train.classes))
