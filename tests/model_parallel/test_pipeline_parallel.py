@@ -1,8 +1,10 @@
 """A pipeline with torch's schedules must give the training of one process, and do things in the order it claims."""
 
 import itertools
+import json
 
 import pytest
+import torch.distributed.checkpoint as dcp
 from equality import (
     SMALL,
     STEPS,
@@ -216,6 +218,24 @@ def test_resume_without_momentum(group, single_device, tmp_path):
     assert_same_rows(one, tmp_path / "many", 1e-12)
     a, b = read_checkpoint(one, STEPS), read_checkpoint(tmp_path / "many", STEPS)
     assert largest_difference(a, b, "model.") <= 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_all_stages_names_are_saved(group, tmp_path):
+    """The optimizer's groups are those of the whole model, whichever rank writes them."""
+    options = [*TIED, "--train.steps", "1"]
+    group(1)(SCRIPTS.train, "ddp/single_device.py", arguments(tmp_path, "one", *options))
+    group(2)(SCRIPTS.train, SCRIPT, arguments(tmp_path, "many", *options, *micro_batches(4)))
+    names = [f"optimizer.param_groups.{number}.params" for number in range(2)]
+    found = []
+    for run in "one", "many":
+        folder = tmp_path / run / "checkpoints" / "step_1"
+        shards = folder / json.loads((folder / "manifest.json").read_text())["shards"]
+        groups = {name: [] for name in names}
+        dcp.load(groups, storage_reader=dcp.FileSystemReader(shards), no_dist=True)
+        found.append([sorted(groups[name]) for name in names])
+    assert found[0] == found[1]
+    assert list(map(len, found[0])) == [1 + 8 * 7, 8 * 2 + 1]
 
 
 def test_a_checkpoint_of_another_model(group, tmp_path):

@@ -144,6 +144,7 @@ def test_bytes_per_rank(group, tmp_path, ranks, dp):
 @pytest.mark.parametrize(("ranks", "options", "words"), [
     (2, ["--mesh.dp", "3"], "mesh.dp = 3, mesh.tp = None with 2 ranks"),
     (2, ["--mesh.tp", "3"], "expected a product of 2"),
+    (2, ["--mesh.dp", "1", "--mesh.tp", "1"], "expected a product of 2"),  # one rank would have nothing to do
     (2, ["--mesh.dp", "0"], "mesh.dp = 0"),
     (2, ["--model.heads", "3", "--model.kv_heads", "3"], "model.heads = 3, which does not divide among 2 tensor ranks"),
     (2, ["--model.kv_heads", "3"], "model.kv_heads = 3"),
