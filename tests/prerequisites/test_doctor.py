@@ -40,7 +40,7 @@ def rank_variables(rank: int, size: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()} | {"MASTER_ADDR": "127.0.0.1"}
 
 
-def ends(processes: list[subprocess.Popen], timeout: float = 60) -> list[tuple[int, str, str]]:
+def ends(processes: list[subprocess.Popen], timeout: float = 200) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of each; none may outlive the timeout."""
     try:
         return [(*process.communicate(timeout=timeout), process.returncode)[::-1] for process in processes]
