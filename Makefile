@@ -13,7 +13,7 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 8 ? 8 : n)))
 BIN := $(VENV)/bin
 PIP := "$(BIN)/python" -m pip --disable-pip-version-check install
 # One worker runs all tests of a folder (tests/conftest.py); the folders are dealt out among the workers.
-PYTEST := "$(BIN)/python" -m pytest $(if $(ARGS),,-n $(WORKERS) --dist loadgroup)
+PYTEST := "$(BIN)/python" -m pytest $(if $(ARGS),,-n $(WORKERS) --dist loadscope --no-loadscope-reorder)
 # An environment remembers what was installed into it: the lists of packages, and the checkout that it points to.
 LESSON  := $(shell cat requirements-lesson.txt | cksum)
 CORE    := $(shell cat requirements-lesson.txt requirements.txt | cksum)

@@ -24,11 +24,27 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(summary.Summary(config), "summary")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
     """Let one worker run all tests of a folder: ranks, the Slurm cluster and reference runs are started once for it."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(summary.folder_of(item.nodeid)))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFolder(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return summary.folder_of(nodeid)
+
+    return ByFolder(config, log) if config.getoption("dist") == "loadscope" else None
+
+
+# Those that take longest come first, so that no worker begins with one when the others have nothing left.
+FIRST = ["slurm", "docs", "model_parallel", "from_scratch", "deepspeed", "fsdp", "planner", "lightning", "ddp"]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the folders in the order in which workers take them."""
+    place = {folder: number for number, folder in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(summary.folder_of(item.nodeid), len(place)))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -76,7 +76,7 @@ class Summary:
     # ------------------------------------------------------------------------------------------ while it runs
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.seconds[report.nodeid.split("@")[0]] += report.duration
+        self.seconds[report.nodeid] += report.duration
         if report.skipped and not hasattr(report, "wasxfail"):
             self._note_skip(report)
         elif report.when == "call":
@@ -119,7 +119,7 @@ class Summary:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         whole = covers_everything(self.config)
-        if not (self.skipped or whole):
+        if hasattr(self.config, "workerinput") or not (self.skipped or whole):
             return
         terminalreporter.section("skipped tests" if not whole else "by folder")
         lines = [f"{folder}: {count} skipped: {reason}" for (folder, reason), count in sorted(self.skipped.items())]
