@@ -245,8 +245,9 @@ def read_run_config(folder: Path) -> Config:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from None
     sections = {"model": ModelConfig, "data": TextConfig, "batch": BatchConfig}
-    wanted = {name: tree.get(name, {}) for name in sections}
-    if unknown := _flatten(wanted).keys() - find_settings(Config).keys():
+    wanted = {name: tree.get(name) or {} for name in sections}
+    given = _flatten({name: section for name, section in wanted.items() if section})
+    if unknown := given.keys() - find_settings(Config).keys():
         raise ValueError(f"{path}: {sorted(unknown)[0]} is no setting of a transformer that trains on text")
     precision = tree.get("train", {}).get("precision", "fp32")
     values = {name: section(**wanted[name]) for name, section in sections.items()}

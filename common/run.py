@@ -185,6 +185,7 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """Yield the steps still to do; ends early, at the same step on all ranks, when any rank was told to stop."""
+        self._step, self.steps_done = None, self.first_step
         while (step := self.next_step()) is not None:
             yield step
 

@@ -86,7 +86,8 @@ def predict(
             formulas[STATE] = 2 * size * parameters, f"{2 * size} {formula}", source
 
     def collective(kind: str, axis: str, count: float, nbytes: float, formula: str, source: str) -> None:
-        axis = "world" if mesh.get(axis, world_size) == world_size else axis  # torch has one group for both
+        size = mesh["dp_shard"] if axis == "dp" else mesh.get(axis, world_size)
+        axis = "world" if size == world_size else axis  # torch has one group for both
         words = formula.split("; ")
         for what, value, said in ("count", count, words[0]), ("bytes", nbytes, words[1]):
             if before := formulas.get(name := f"{kind} {axis} {what}"):  # another one on the same ranks

@@ -84,6 +84,8 @@ def _check_command(root: Path, words: list[str], variables: dict[str, str] | Non
             _check_command(root, words, variables)
     elif program == "torchrun":
         script, script_arguments, module = after_torchrun_options(tuple(filled(rest)))
+        if "CONFIG_FILE" in variables and "--config" not in script_arguments:  # the scripts of lightning/ read it
+            script_arguments = ("--config", variables["CONFIG_FILE"], *script_arguments)
         check_python(root, script, script_arguments, module)
     elif re.fullmatch(r"python[\d.]*", program):
         _check_interpreter(root, rest)

@@ -12,9 +12,9 @@ from common.config import Config, parse
 from common.run import Run
 
 
-def start(folder, name="run", steps=5):
+def start(folder, *more, name="run", steps=5):
     named = ["--run_name", name] if name else []
-    config = parse(Config, ["--train.steps", str(steps), "--runs_dir", folder, *named])
+    config = parse(Config, ["--train.steps", str(steps), "--runs_dir", folder, *named, *more])
     run = Run(config, here(), "test", units_per_step=10, fingerprint="fingerprint")
     model = torch.nn.Linear(1, 1)
     run.restore(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -26,8 +26,8 @@ def log(run, step, value=None):
     run.log(step, loss_sum, torch.tensor(1.0), 0.1)
 
 
-def log_five_steps(folder, flops_per_unit=None, peak_flops=None):
-    run = start(folder)
+def log_five_steps(folder, flops_per_unit=None, peak_flops=None, more=()):
+    run = start(folder, *more)
     run.flops_per_unit, run.peak_flops = flops_per_unit, peak_flops
     for step in run.steps():
         log(run, step)

@@ -130,7 +130,7 @@ def test_utilisation_in_the_record(group, tmp_path, flops, peak):
 
 def test_tensorboard_gets_the_curve(group, tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    group(1)(ON_RANKS.log_five_steps, str(tmp_path))
+    group(1)(ON_RANKS.log_five_steps, str(tmp_path), None, None, ["--tensorboard", "true"])
     events = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [0, 4]  # the steps that are printed

@@ -293,6 +293,8 @@ def test_checkpoints_that_cannot_be_used(group, places, tmp_path):
 @pytest.fixture
 def settings(monkeypatch):
     """deepspeed/finetune_settings.py, which does not import DeepSpeed."""
+    monkeypatch.syspath_prepend(ROOT / "deepspeed")
+    monkeypatch.delitem(sys.modules, "settings", raising=False)  # other lessons have one, too
     spec = importlib.util.spec_from_file_location("finetune_settings", ROOT / "deepspeed" / "finetune_settings.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)

@@ -61,7 +61,7 @@ def test_lightnings_own_launcher(launch, tmp_path):
     assert result.stdout.count("finished after 3 of 3 steps") == 1  # rank 0 speaks for all
     assert set(ROOT.iterdir()) == before  # no lightning_logs, no checkpoints
     names = {path.name for path in only_run(tmp_path).iterdir()}
-    assert {"config.yaml", "run.json", "metrics.jsonl", "checkpoints", "loss.png", "tensorboard"} <= names
+    assert {"config.yaml", "run.json", "metrics.jsonl", "checkpoints", "loss.png"} <= names
 
 
 @slow  # test_bad_input.py has the settings without the training

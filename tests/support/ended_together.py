@@ -1,6 +1,5 @@
 """Ranks that end by a mistake leave together: one that leaves early breaks what another is still connecting."""
 
-import os
 import time
 
 import torch.distributed as dist
@@ -10,7 +9,7 @@ PATIENCE_S = 20.0  # a rank that does not come has not ended by the same mistake
 
 def wait_for_all() -> None:
     """Return when all ranks are here; the first rank serves the store, and returns last."""
-    store, ranks = dist.distributed_c10d._get_default_store(), int(os.environ["WORLD_SIZE"])
+    store, ranks = dist.distributed_c10d._get_default_store(), dist.get_world_size()
     deadline = time.monotonic() + PATIENCE_S
 
     def wait(name: str) -> None:
@@ -19,7 +18,7 @@ def wait_for_all() -> None:
             time.sleep(0.01)
 
     wait("ended")
-    if os.environ["RANK"] == "0":
+    if dist.get_rank() == 0:
         wait("seen")
     else:
         store.add("seen", 1)
