@@ -55,10 +55,9 @@ def main(config: DeepSpeedConfig) -> None:
     keep_norm(engine)
     state = checkpointable(engine, optimizer)
 
-    flops = flops_per_token(config.model, config.data.sequence_length)
-    run = Run(config, ranks, f"zero{stage}", units_per_step=tokens_per_step, flops_per_unit=flops,
-              fingerprint=train_set.fingerprint(), framework="deepspeed",
-              mesh={"dp_shard" if stage else "dp_replicate": ranks.world_size})  # fmt: skip
+    run = Run(config, ranks, f"zero{stage}", units_per_step=tokens_per_step, fingerprint=train_set.fingerprint(),
+              flops_per_unit=flops_per_token(config.model, config.data.sequence_length),
+              framework="deepspeed", mesh={"dp_shard" if stage else "dp_replicate": ranks.world_size})  # fmt: skip
     ranks.print(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
     run.restore(state, optimizer)
 

@@ -77,9 +77,8 @@ def main(config: ShardedConfig) -> None:
     optimizer = build_optimizer(model.parameters(), config.optimizer, ranks.device)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.train.precision == "fp16")
 
-    flops = flops_per_token(config.model, config.data.sequence_length)
-    run = Run(config, ranks, "fsdp", units_per_step=tokens_per_step, flops_per_unit=flops,
-              fingerprint=train_set.fingerprint(),
+    run = Run(config, ranks, "fsdp", units_per_step=tokens_per_step, fingerprint=train_set.fingerprint(),
+              flops_per_unit=flops_per_token(config.model, config.data.sequence_length),
               mesh={"dp_replicate": copies, "dp_shard": shards})  # fmt: skip
     ranks.print(describe(model, policy))
     ranks.print(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))

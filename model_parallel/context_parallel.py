@@ -76,9 +76,9 @@ def main(config: ContextConfig) -> None:
     optimizer = build_optimizer(model.parameters(), config.optimizer, ranks.device)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.train.precision == "fp16")
 
-    flops = flops_per_token(config.model, config.data.sequence_length)
-    run = Run(config, ranks, "context", units_per_step=tokens_per_step, flops_per_unit=flops,
-              fingerprint=train_set.fingerprint(), mesh={"dp_shard": dp, "cp": cp})  # fmt: skip
+    run = Run(config, ranks, "context", units_per_step=tokens_per_step, fingerprint=train_set.fingerprint(),
+              flops_per_unit=flops_per_token(config.model, config.data.sequence_length),
+              mesh={"dp_shard": dp, "cp": cp})  # fmt: skip
     ranks.print(
         f"{attention} attention: {config.data.sequence_length // cp} of {config.data.sequence_length} tokens a rank"
     )

@@ -65,9 +65,9 @@ def main(config: ExpertConfig) -> None:
     optimizer = build_optimizer(model.parameters(), config.optimizer, ranks.device)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.train.precision == "fp16")
 
-    flops = flops_per_token(config.model, config.data.sequence_length)
-    run = Run(config, ranks, "expert", units_per_step=tokens_per_step, flops_per_unit=flops,
-              fingerprint=train_set.fingerprint(), mesh={"dp_shard": dp * ep, "ep": ep})  # fmt: skip
+    run = Run(config, ranks, "expert", units_per_step=tokens_per_step, fingerprint=train_set.fingerprint(),
+              flops_per_unit=flops_per_token(config.model, config.data.sequence_length),
+              mesh={"dp_shard": dp * ep, "ep": ep})  # fmt: skip
     ranks.print(describe(model))
     ranks.print(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
     run.restore(model, optimizer, scaler)

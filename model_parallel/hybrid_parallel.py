@@ -58,9 +58,9 @@ def main(config: HybridConfig) -> None:
     ends = sorted(set(ranks.all_gather((column[0], column[-1]))))
     first_and_last, _ = dist.new_subgroups_by_enumeration(ends)  # all ranks must call it
 
-    flops = flops_per_token(config.model, config.data.sequence_length)
-    run = Run(config, ranks, "hybrid", units_per_step=tokens_per_step, flops_per_unit=flops,
-              fingerprint=train_set.fingerprint(), mesh={"pp": pp, "dp_shard": dp, "tp": tp})  # fmt: skip
+    run = Run(config, ranks, "hybrid", units_per_step=tokens_per_step, fingerprint=train_set.fingerprint(),
+              flops_per_unit=flops_per_token(config.model, config.data.sequence_length),
+              mesh={"pp": pp, "dp_shard": dp, "tp": tp})  # fmt: skip
     ranks.print(describe(stages, plan.accumulation, pp))
     kept = ranks.all_gather(sum(parameter.to_local().nbytes for parameter in model.parameters()))
     ranks.print(f"the {pp} × {dp} × {tp} ranks keep {min(kept):,} to {max(kept):,} bytes of parameters each")

@@ -64,10 +64,10 @@ def main(config: PipelineConfig) -> None:
     state = StageState(model, optimizer, config.model.tied)
     first_and_last = dist.new_group([0, ranks.world_size - 1])  # all ranks must call it
 
-    flops = flops_per_token(config.model, config.data.sequence_length)
     alone, _ = dist.new_subgroups(1)  # no other rank holds what this one does
-    run = Run(config, ranks, "pipeline", units_per_step=tokens_per_step, flops_per_unit=flops,
-              fingerprint=train_set.fingerprint(), mesh={"pp": ranks.world_size}, replicas=alone)  # fmt: skip
+    run = Run(config, ranks, "pipeline", units_per_step=tokens_per_step, fingerprint=train_set.fingerprint(),
+              flops_per_unit=flops_per_token(config.model, config.data.sequence_length),
+              mesh={"pp": ranks.world_size}, replicas=alone)  # fmt: skip
     ranks.print(describe(stages, plan.accumulation, ranks.world_size))
     ranks.print(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
     run.restore(state, optimizer)

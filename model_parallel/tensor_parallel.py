@@ -76,9 +76,9 @@ def main(config: TensorConfig) -> None:
     optimizer = build_optimizer(model.parameters(), config.optimizer, ranks.device)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.train.precision == "fp16")
 
-    flops = flops_per_token(config.model, config.data.sequence_length)
-    run = Run(config, ranks, "tensor", units_per_step=tokens_per_step, flops_per_unit=flops,
-              fingerprint=train_set.fingerprint(), mesh={"dp_shard": dp, "tp": tp})  # fmt: skip
+    run = Run(config, ranks, "tensor", units_per_step=tokens_per_step, fingerprint=train_set.fingerprint(),
+              flops_per_unit=flops_per_token(config.model, config.data.sequence_length),
+              mesh={"dp_shard": dp, "tp": tp})  # fmt: skip
     ranks.print(describe(model))
     ranks.print(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
     run.restore(model, optimizer, scaler)
