@@ -208,7 +208,7 @@ def test_help_shows_what_each_setting_means(capsys):
 
 
 def test_form_of_the_help(launch):
-    text = launch("ddp/train.py", "--help", nproc=0).stdout
+    text = launch("ddp/train.py", "--help", nproc=0, env={"COLUMNS": "120"}).stdout
     lines = text.splitlines()
     assert len(lines) <= 100
     assert max(map(len, lines)) <= 120

@@ -62,7 +62,7 @@ def test_runs_and_results(group, tmp_path):
     ]  # fmt: skip
     for run in runs:
         assert (run["loss_at_first"], run["loss_at_last"], run["samples_per_second"]) == (5.0, 2.0, 30.0)
-        assert run["gpu_peak_bytes"] is None and run["cpu_peak_bytes"] >= run["cpu_average_bytes"] > 2 * 2**26
+        assert run["gpu_peak_bytes"] is None and run["cpu_peak_bytes"] >= max(run["cpu_average_bytes"], 2 * 2**26)
         command = json.loads((tmp_path / "all" / f"{run['run']}-round{run['round']}.command").read_text())
         assert command[:3] == ["4", "2", str(ROOT / "deepspeed" / "finetune.py")]
         assert command[command.index("--model_path") + 1] == "m"

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fork_server
 import graded
 import pytest
 from launching import ROOT
@@ -44,12 +43,6 @@ def each(keys, ordinary=None):
         for room, name in keys
     ]  # fmt: skip
     return pytest.mark.parametrize(("room", "name"), marked)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ranks_that_have_imported_the_libraries():
-    """Start the server from which `grading` forks ranks, so that not every rank imports DeepSpeed or Lightning."""
-    fork_server.context()
 
 
 def test_every_exercise_has_mistakes():

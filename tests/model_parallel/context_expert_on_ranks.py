@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.experimental._context_parallel import _attention as torch_ring
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import common.meta_device
 import common.transformer
 from common.transformer import ModelConfig, Transformer, initial_weight
 
@@ -148,7 +149,7 @@ def train_lopsided(script: str, arguments: list[str]) -> set[int]:
         return weight
 
     arrivals = set()
-    common.transformer.initial_weight = lopsided
+    common.transformer.initial_weight = common.meta_device.initial_weight = lopsided
     try:
         with imported("expert_layers") as layers:
             compute = layers.ExpertParallel._compute
@@ -161,7 +162,7 @@ def train_lopsided(script: str, arguments: list[str]) -> set[int]:
             layers.ExpertParallel._compute = counted
             train(script, arguments)
     finally:
-        common.transformer.initial_weight = initial_weight
+        common.transformer.initial_weight = common.meta_device.initial_weight = initial_weight
     return arrivals
 
 

@@ -33,7 +33,9 @@ def prepare_for(folder: str) -> None:
     wanted = FOLDER_PRELOAD.get(folder, [])
     if wanted != _wanted:
         _wanted[:] = wanted
-        multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]  # private; the next use starts one
+        multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]  # private, and the only way
+        if wanted:
+            context()  # before anything else in this process starts a server without them
 
 
 def context() -> BaseContext:

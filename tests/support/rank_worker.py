@@ -53,6 +53,7 @@ def main(calls: Connection, environment: dict[str, str]) -> None:
         except EOFError:
             break
         os.environ["MASTER_PORT"] = str(port)
+        before = dict(os.environ)
         stderr = io.StringIO()
         try:
             function = getattr(load(path), name)
@@ -64,6 +65,8 @@ def main(calls: Connection, environment: dict[str, str]) -> None:
                 answer = ("ok", function(*args))
         except BaseException as error:  # a SystemExit too is an answer
             answer = ("failed", f"{type(error).__name__}: {error}\n{stderr.getvalue()}{traceback.format_exc()}")
+        os.environ.clear()  # a script may have set variables for the libraries; the next one finds none of them
+        os.environ.update(before)
         calls.send(answer)
     leave()
 

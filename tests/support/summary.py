@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 LAST = "summary/last"  # in pytest's cache: seconds, workers and date by selection
+SECONDS = "summary/seconds"  # of every test of the last whole run, the slowest first
 SLOWEST = 20
 
 
@@ -113,6 +114,7 @@ class Summary:
                 "workers": self._workers(),
             }
             self.config.cache.set(LAST, kept | {self.config.option.markexpr: record})
+        self.config.cache.set(SECONDS, dict(sorted(self.seconds.items(), key=lambda item: -item[1])))
 
     def _workers(self) -> int:
         return len(getattr(self.config.option, "tx", None) or [1])
