@@ -36,6 +36,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
     return ByFolder(config, log) if config.getoption("dist") == "loadscope" else None
 
 
+# Tests of two seconds and more that `make test` leaves to `make test-all`, beside those that are marked in their files.
+LEFT_TO_ALL = {
+    line for line in Path(__file__).with_name("only_in_test_all.txt").read_text().splitlines() if line[:1] not in "#"
+}
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark the tests of that list as slow."""
+    if item.nodeid.removeprefix("tests/") in LEFT_TO_ALL:
+        item.add_marker(pytest.mark.slow)
+
+
 # Those that take longest come first, so that no worker begins with one when the others have nothing left.
 FIRST = ["slurm", "docs", "model_parallel", "from_scratch", "deepspeed", "fsdp", "planner", "lightning", "ddp"]
 
