@@ -54,8 +54,8 @@ SCRIPTS = OnRanks("tests/support/scripts_on_ranks.py")  # runs the scripts of an
 
 
 def clean_environment(**more: str) -> dict[str, str]:
-    """The environment without what a launcher, or a Slurm job around the tests, left in it."""
-    prefixes = ("SLURM_", "OMPI_", "PMI_", "TORCHELASTIC_")
+    """The environment without what a launcher, a Slurm job around the tests, or a network profile left in it."""
+    prefixes = ("SLURM_", "OMPI_", "PMI_", "TORCHELASTIC_", "TORCH_FR_", "TORCH_NCCL_", "NCCL_")
     keep = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES and not k.startswith(prefixes)}
     binaries = str(Path(sys.executable).parent)
     path = f"{binaries}{os.pathsep}{os.environ['PATH']}"

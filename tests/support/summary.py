@@ -100,6 +100,8 @@ class Summary:
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         if hasattr(self.config, "workerinput"):  # one of several workers: it sees a part of the tests
             return
+        if covers_everything(self.config):
+            self.config.cache.set(SECONDS, dict(sorted(self.seconds.items(), key=lambda item: -item[1])))
         if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             return
         if not covers_everything(self.config):
@@ -114,7 +116,6 @@ class Summary:
                 "workers": self._workers(),
             }
             self.config.cache.set(LAST, kept | {self.config.option.markexpr: record})
-        self.config.cache.set(SECONDS, dict(sorted(self.seconds.items(), key=lambda item: -item[1])))
 
     def _workers(self) -> int:
         return len(getattr(self.config.option, "tx", None) or [1])
