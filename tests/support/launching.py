@@ -158,6 +158,9 @@ class Group:
         for process, connection in zip(self.processes, self.connections, strict=True):
             if kill:
                 process.kill()
+            else:
+                with contextlib.suppress(OSError):  # it has ended already
+                    connection.send(None)
             connection.close()
         for process in self.processes:
             process.join(timeout=90)

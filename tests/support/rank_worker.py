@@ -49,9 +49,12 @@ def main(calls: Connection, environment: dict[str, str]) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            port, path, name, args = calls.recv()
+            call = calls.recv()
         except EOFError:
             break
+        if call is None:  # ranks that were forked later hold the other end open too
+            break
+        port, path, name, args = call
         os.environ["MASTER_PORT"] = str(port)
         before = dict(os.environ)
         stderr = io.StringIO()
