@@ -70,7 +70,7 @@ class Summary:
         before = (
             f"last time here: {minutes(last['seconds'])} on {last['date']} ({last['workers']} workers)"
             if last
-            else "no whole run has ended here yet; on two cores `make test` takes about 8 minutes, `make test-all` 90"
+            else "no whole run has ended here yet; on two cores `make test` takes about 10 minutes, `make test-all` 90"
         )
         return [what, before]
 
