@@ -38,7 +38,7 @@ PRELOAD = [  # libraries only: the project's own modules come from each copy
     "torch", "torch._dynamo", "torch.distributed.nn", "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.pipelining",
     "torch.distributed.tensor.debug", "torch.distributed.elastic.multiprocessing.errors",
-    "torch.utils.flop_counter", "matplotlib.figure", "matplotlib.backends.backend_agg", "yaml", "jsonargparse",
+    "torch.utils.flop_counter", "matplotlib.figure", "matplotlib.backends.backend_agg", "yaml",
     "tqdm", "sklearn.datasets", "pytest", "psutil",
 ]  # fmt: skip
 TEST_FAILED = 1  # pytest's exit code; 2 to 5 say that pytest could not run the tests
