@@ -236,3 +236,10 @@ def test_help_of_a_class_without_docstring_shows_no_signature(capsys):
     assert "\nsettings:\n  --flag  true or false; default false." in text
     assert "  --kind  one of a, b or null; default a." in text
     assert "Literal" not in text
+
+
+def test_a_sequence_that_the_model_does_not_take_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(Config, ["--model.max_sequence", "64", "--data.sequence_length", "65"])
+    assert ended.value.code == 2
+    assert "data.sequence_length = 65 cannot work; allowed: at most model.max_sequence = 64" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from common.data import TextConfig, standard_library_files, text_datasets
+from common.data import TextConfig, TokenDataset, standard_library_files, text_datasets
 from tools import tokenize_text
 from vision.images import ImageConfig, image_datasets
 
@@ -441,3 +441,8 @@ def test_an_unreadable_image_is_named(refused, imagenet):
 def test_image_settings_that_cannot_work(settings, says):
     with pytest.raises(ValueError, match=says):
         ImageConfig(**settings)
+
+
+def test_the_fingerprint_tells_texts_of_one_length_apart():
+    fingerprints = [TokenDataset(np.full(100, token, np.uint8), 9, 256).fingerprint() for token in (1, 2, 1)]
+    assert fingerprints[0] == fingerprints[2] != fingerprints[1]

@@ -195,3 +195,9 @@ def test_what_does_not_divide_is_one_clear_line(capsys, batch, samples, world_si
 def test_impossible_sizes_are_refused(batch):
     with pytest.raises(ValueError, match=r"batch\.(global|micro)_size = (0|-1) cannot work"):
         BatchConfig(*batch)
+
+
+def test_the_seed_decides_the_order():
+    orders = {seed: [BatchPlan(BatchConfig(8), 64, seed).sample(i) for i in range(64)] for seed in (1, 2)}
+    assert orders[1] != orders[2]
+    assert orders[1] == [BatchPlan(BatchConfig(8), 64, 1).sample(i) for i in range(64)]
