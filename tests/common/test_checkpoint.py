@@ -5,6 +5,8 @@ import json
 import pytest
 from launching import OnRanks
 
+from common import manifest
+
 ON_RANKS = OnRanks("tests/common/checkpoint_on_ranks.py")
 
 
@@ -164,3 +166,10 @@ def test_files_are_on_disk_before_the_manifest(group, tmp_path):
         if rank == 0:
             assert events.index(".metadata") < events.index(folder) < events.index("manifest") < events.index("commit")
             assert events[-1] == "step_1"  # the folder that holds the manifest
+
+
+def test_steps_are_numbers_not_text(tmp_path):
+    for step in (9, 10):
+        (tmp_path / f"step_{step}").mkdir()
+        (tmp_path / f"step_{step}" / "manifest.json").touch()
+    assert manifest.latest(tmp_path) == tmp_path / "step_10"
