@@ -213,11 +213,15 @@ def describe_machine() -> str:
     return f"{os.cpu_count()} CPU cores, {platform.system()} {platform.machine()}, Python {python}, torch {torch}"
 
 
-def keep(lesson: str, results: list[Result]) -> None:
-    """Write the results of one whole lesson."""
+def keep(lesson: str, results: list[Result], whole: list[Mutant]) -> None:
+    """Write the results of a lesson. Bugs of its table that were not tried now keep the result that they had."""
+    path = FOLDER / "results" / f"{lesson}.json"
+    before = json.loads(path.read_text())["bugs"] if path.is_file() else []
+    known = {bug["what"]: Result(**bug) for bug in before} | {result.what: result for result in results}
+    results = [known[mutant.what] for mutant in whole if mutant.what in known]
     record = {"date": time.strftime("%Y-%m-%d"), "machine": describe_machine(), "bugs": [asdict(r) for r in results]}
     (FOLDER / "results").mkdir(exist_ok=True)
-    (FOLDER / "results" / f"{lesson}.json").write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def report() -> str:
@@ -278,8 +282,8 @@ def main() -> int:
             survivors += sum(result.caught_by == NOTHING and not result.equivalent for result in results)
             for result in results:
                 print(f"{lesson:16} {result.caught_by:14} {result.seconds:6.1f} s  {result.what}  [{result.test}]")
-            if mutants == whole and not options.quick:
-                keep(lesson, results)
+            if not options.quick:
+                keep(lesson, results, whole)
                 (FOLDER / "README.md").write_text(report())
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
