@@ -217,8 +217,9 @@ def keep(lesson: str, results: list[Result], whole: list[Mutant]) -> None:
     """Write the results of a lesson. Bugs of its table that were not tried now keep the result that they had."""
     path = FOLDER / "results" / f"{lesson}.json"
     before = json.loads(path.read_text())["bugs"] if path.is_file() else []
-    known = {bug["what"]: Result(**bug) for bug in before} | {result.what: result for result in results}
-    results = [known[mutant.what] for mutant in whole if mutant.what in known]
+    known = {(bug["what"], bug["file"]): Result(**bug) for bug in before}
+    known |= {(result.what, result.file): result for result in results}
+    results = [known[bug.what, bug.file] for bug in whole if (bug.what, bug.file) in known]
     record = {"date": time.strftime("%Y-%m-%d"), "machine": describe_machine(), "bugs": [asdict(r) for r in results]}
     (FOLDER / "results").mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
