@@ -42,6 +42,6 @@ class StopRequest:
         return self._requested.is_set()
 
     def close(self) -> None:
-        """Give the signals back to whoever had them before."""
+        """Restore the signal handlers of before."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)

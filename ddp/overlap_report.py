@@ -79,8 +79,8 @@ def draw_timeline(results: list[dict[str, Any]], where: str, path: Path) -> None
         for lane, (full, averaged) in enumerate(step["all_reduces"]):
             megabytes = row["buckets"][lane]["bytes"] / 1e6
             panel.text(averaged, 1.3 + lane, f" {megabytes:.2f} MB", va="center", fontsize=7)
-            colour = colormaps["viridis"](0.85 * lane / max(1, lanes - 1))
-            panel.barh(1.3 + lane, averaged - full, left=full, height=0.8, color=colour)
+            color = colormaps["viridis"](0.85 * lane / max(1, lanes - 1))
+            panel.barh(1.3 + lane, averaged - full, left=full, height=0.8, color=color)
         panel.axvline(step["compute_end"], color="0.45", linewidth=0.8, linestyle=":")
         panel.set_ylim(lanes + 1.2, -0.9)
         panel.set_xlim(0, 1.08 * max(other["median_step"]["end"] for other in results))
