@@ -207,7 +207,8 @@ def test_restarted_ranks_are_refused_with_the_agents_store(group):
     [(code, words)] = group(1)(ON_RANKS.joins, agent | {"TORCHELASTIC_RESTART_COUNT": "1"}, 60)
     assert code == 2
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in words
-    assert group(1)(ON_RANKS.joins, {"TORCHELASTIC_RESTART_COUNT": "1"}, 60) == [(0, "")]
+    alone = {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(free_port())}
+    assert group(1)(ON_RANKS.joins, alone | {"TORCHELASTIC_RESTART_COUNT": "1"}, 60) == [(0, "")]
 
 
 def test_joining_applies_the_network_profile_first(group):
@@ -217,7 +218,7 @@ def test_joining_applies_the_network_profile_first(group):
 
 def rank_0_of_2(port):
     return {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port)}  # fmt: skip
+            "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}  # fmt: skip
 
 
 def test_port_in_use(group):

@@ -16,6 +16,7 @@ import fork_server
 import psutil
 import pytest
 import rank_worker
+from torch.distributed import TCPStore
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TIMEOUT_S = float(os.environ.get("GROUP_TIMEOUT_S", "120"))  # generous: a busy machine is not a hang
@@ -141,12 +142,14 @@ class Group:
 
     def __init__(self, size: int) -> None:
         self.size, self.processes, self.connections = size, [], []
+        self.stores: list[TCPStore] = []  # kept while a rank may be in a process group that began with one of them
 
     def start(self) -> None:
         context = fork_server.context()
         for rank in range(self.size):
             variables = {"RANK": rank, "WORLD_SIZE": self.size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": self.size}
-            env = clean_environment(MASTER_ADDR="127.0.0.1", DEVICE="cpu", **{k: str(v) for k, v in variables.items()})
+            variables |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": True, "DEVICE": "cpu"}
+            env = clean_environment(**{name: str(value) for name, value in variables.items()})
             ours, theirs = context.Pipe()
             process = context.Process(target=rank_worker.main, args=(theirs, env), daemon=True)
             process.start()
@@ -164,7 +167,7 @@ class Group:
             connection.close()
         for process in self.processes:
             process.join(timeout=90)
-        self.processes, self.connections = [], []
+        self.processes, self.connections, self.stores = [], [], []
 
     def __call__(self, function: Function, *args, timeout: float = TIMEOUT_S):
         """Call `function` of a file of functions for ranks on all ranks; returns the results by rank."""
@@ -174,9 +177,11 @@ class Group:
                 pytest.fail(f"rank(s) of the tests before ended by themselves, with exit codes {ended}")
         if not self.processes:
             self.start()
-        port = free_port()
+        # As under torchrun, the store is up before the ranks. One that rank 0 makes makes the others wait: torch tries
+        # again half a second to a second after a refused connection.
+        self.stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
         for connection in self.connections:
-            connection.send((port, str(function.path), function.name, args))
+            connection.send((self.stores[-1].port, str(function.path), function.name, args))
         answers, deadline = {}, time.monotonic() + timeout
         waiting = {connection: rank for rank, connection in enumerate(self.connections)}
         while waiting:
@@ -190,12 +195,14 @@ class Group:
                 try:
                     answers[rank] = connection.recv()
                 except (EOFError, ConnectionResetError):
-                    answers[rank] = ("failed", "the process died")
+                    answers[rank] = ("failed", "the process died", False)
                 if answers[rank][0] == "failed":
                     deadline = min(deadline, time.monotonic() + 5)  # the others may wait for it forever
-        if bad := {rank: answer for rank, (state, answer) in answers.items() if state != "ok"}:
+        if bad := {rank: answer for rank, (state, answer, _) in answers.items() if state != "ok"}:
             self.stop(kill=True)
             pytest.fail(f"{function} on {self.size} ranks:\n" + "\n".join(f"[{r}] {a}" for r, a in bad.items()))
+        if not any(in_group for _, _, in_group in answers.values()):
+            self.stores.clear()
         return [answers[rank][1] for rank in range(self.size)]
 
 

@@ -65,12 +65,13 @@ def main(calls: Connection, environment: dict[str, str]) -> None:
             elif not dist.is_initialized():
                 dist.init_process_group("gloo")
             with contextlib.redirect_stderr(stderr):
-                answer = ("ok", function(*args))
+                state, result = "ok", function(*args)
         except BaseException as error:  # a SystemExit too is an answer
-            answer = ("failed", f"{type(error).__name__}: {error}\n{stderr.getvalue()}{traceback.format_exc()}")
+            state = "failed"
+            result = f"{type(error).__name__}: {error}\n{stderr.getvalue()}{traceback.format_exc()}"
         os.environ.clear()  # a script may have set variables for the libraries; the next one finds none of them
         os.environ.update(before)
-        calls.send(answer)
+        calls.send((state, result, dist.is_initialized()))
     leave()
 
 
