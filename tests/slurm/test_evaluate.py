@@ -1,20 +1,15 @@
 """slurm/evaluate.py: the loss that a run of any lesson reported, and one line for a run of another kind."""
 
 import json
-import sys
 
 import pytest
 import yaml
 from equality import SMALL, read_validation
-from launching import SCRIPTS, run_command
+from launching import SCRIPTS, assert_refused
 
 from common.config import to_dict
 from finetuning.config import FinetuneConfig
 from vision.networks import VisionConfig
-
-
-def evaluate(folder, check=True):
-    return run_command([sys.executable, "slurm/evaluate.py", str(folder)], check=check, DEVICE="cpu")
 
 
 @pytest.mark.parametrize(("script", "options"), [
@@ -27,17 +22,14 @@ def test_a_run_whose_config_has_sections_of_its_own(group, tmp_path, script, opt
     given = ["--train.steps", "2", "--train.precision", "fp64", "--seed", "7", "--runs_dir", str(tmp_path)]
     group(1)(SCRIPTS.train, script, [*SMALL, *given, "--run_name", "run", *options])
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["seed"] == 7
-    evaluate(tmp_path / "run")
+    group(1)(SCRIPTS.train, "slurm/evaluate.py", [str(tmp_path / "run")])
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert result["val_loss"] == pytest.approx(read_validation(tmp_path / "run")[2], abs=1e-12)
     assert (result["checkpoint"], result["tokens"]) == ("step_2", 25 * 16)
 
 
 @pytest.mark.parametrize(("config", "key"), [(VisionConfig, "data.augment"), (FinetuneConfig, "data.answer_length")])
-def test_one_line_for_another_kind_of_run(tmp_path, config, key):
+def test_one_line_for_another_kind_of_run(group, tmp_path, config, key):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config())))
-    done = evaluate(tmp_path, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert f"config.yaml: {key} is no setting of a transformer that trains on text" in line
+    answers = group(1)(SCRIPTS.ends, "slurm/evaluate.py", [str(tmp_path)])
+    assert_refused(answers, f"config.yaml: {key} is no setting of a transformer that trains on text")
