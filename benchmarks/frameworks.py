@@ -14,26 +14,24 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from scaling import (
-    Measured,
-    cause,
+from lesson_runs import Measured, cause, execute, launch_command, read_run  # beside this file
+from report import (
     cores,
-    execute,
+    date,
     gpu_count,
     hardware,
-    in_words,
-    launch_command,
-    neighbours,
+    measured_on,
+    other_load_note,
+    oversubscription_note,
     plural,
     processor_seconds,
-    read_run,
-    sharing,
+    since,
     spread,
     without_paths,
+    write_json,
 )
 from tqdm import tqdm
 
@@ -73,13 +71,12 @@ def table(result: dict[str, Any]) -> str:
         overhead = ranged(row["overhead"], "+.1f", 100) if row["overhead"] else "–"
         step, memory = ranged(row["step_seconds"], ".1f", 1000), row["peak_memory_bytes"] / 2**30
         lines.append(f"| {row['size']} | {row['entry']} | {step} | {overhead} | {memory:.2f} |")
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     lines += [
         "",
         f"- `{result['command']}`: {plural(result['rounds'], 'round')} of {result['steps']} steps each, of which the "
         f"first {result['warmup_steps']} do not count; median (least to greatest) over the rounds",
         *(f"- {note}" for note in result["notes"]),
-        f"- {in_words(result['hardware'])}; {versions}; commit {result['git_commit']}; {result['date']}",
+        f"- {measured_on(result)}",
     ]
     return "\n".join(lines)
 
@@ -160,10 +157,10 @@ def main() -> None:
     before = processor_seconds()
     with tempfile.TemporaryDirectory() as folder:
         found = measure(options, Path(folder))
-    notes = [neighbours(*(now - then for now, then in zip(processor_seconds(), before, strict=True)))]
+    notes = [other_load_note(*since(before))]
     first = found[options.sizes[0], "DDP"][0].record
     gpus = gpu_count() if "CPU" not in first["device"] else 0
-    notes.append(sharing(options.ranks, options.threads, cores(), gpus))
+    notes.append(oversubscription_note(options.ranks, options.threads, cores(), gpus))
     rows = []
     for (size, entry), runs in found.items():
         base = found[size, "DDP"]
@@ -179,7 +176,7 @@ def main() -> None:
     result = {
         "benchmark": "frameworks",
         "command": without_paths(["python", "benchmarks/frameworks.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "date": date(),
         "git_commit": first["git_commit"],
         "versions": {k: v for runs in found.values() for k, v in runs[0].record["versions"].items()},
         "hardware": hardware(first["device"]),
@@ -193,8 +190,7 @@ def main() -> None:
     }
     print(f"\n{table(result)}", flush=True)
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        write_json(result, options.output, "--output")
         plot(result, options.output.with_suffix(".png"))
 
 

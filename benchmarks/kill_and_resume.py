@@ -26,6 +26,7 @@ from pathlib import Path
 import psutil
 import torch
 import torch.distributed.checkpoint as dcp
+from report import date, git_commit, write_json  # beside this file
 from tqdm import tqdm
 
 from common import manifest
@@ -217,19 +218,17 @@ def main() -> None:
         if first.keys() != second.keys():
             fail(f"{len(first)} steps undisturbed, {len(second)} with kills; expected the same")
         apart = max(abs(first[step] - second[step]) for step in first)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
     result = {
         "benchmark": "kill_and_resume", "script": options.script, "ranks": options.ranks, "steps": options.steps,
         "every": options.every, "seed": options.seed, "kills": kills,
         "largest_difference": {"loss": apart, "tensor": weights}, "seconds": time.monotonic() - began,
-        "torch": torch.__version__, "git_commit": commit.stdout.strip(),
-        "date": time.strftime("%F %H:%M UTC", time.gmtime()),
+        "torch": torch.__version__, "git_commit": git_commit(),
+        "date": date(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }  # fmt: skip
     print(table(result))
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(result, options.output, "--output")
     lost = max(kill["lost"] for kill in kills)
     if max(apart, weights) > 1e-12:  # fp64; DDP at three ranks and more rebuilds its buckets, and last bits move
         fail("the run that was killed is not the undisturbed one")

@@ -17,7 +17,6 @@ which other programs disturbed least. Evaluation and checkpoints are not part of
 import argparse
 import contextlib
 import io
-import json
 import os
 import signal
 import statistics
@@ -30,7 +29,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scaling import cores, hardware, in_words, neighbours, processor_seconds, sharing, without_paths  # beside this file
+from loop_overhead_report import table  # beside this file
+from report import (
+    cores,
+    date,
+    hardware,
+    launched,
+    other_load_note,
+    oversubscription_note,
+    processor_seconds,
+    quartiles,
+    since,
+    write_json,
+)
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -199,13 +210,6 @@ def timed(call: Callable[[], object], times: int, ranks: Ranks) -> tuple[float, 
     return (time.perf_counter() - wall) / times, (time.process_time() - cpu) / times
 
 
-def quartiles(values: list[float]) -> dict[str, float]:
-    """Median and quartiles; of fewer than two values, the value itself."""
-    several = len(values) > 1
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if several else values * 3
-    return {"median": middle, "lower_quartile": low, "upper_quartile": high}
-
-
 def compare(size: str, ranks: Ranks, pairs: int, steps: int, bar: tqdm) -> dict[str, Any]:
     """Let both loops take `pairs` turns of `steps` steps each, after one to warm up; one row of results."""
     screen = Terminal()
@@ -250,58 +254,6 @@ def compare(size: str, ranks: Ranks, pairs: int, steps: int, bar: tqdm) -> dict[
     }
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result in Markdown: the comparison, then where the difference goes."""
-
-    def percent(value: dict[str, float] | None) -> str:
-        if value is None:
-            return "–"
-        return f"{value['median']:+.1%} ({value['lower_quartile']:+.1%} – {value['upper_quartile']:+.1%})"
-
-    rows, world_size = result["rows"], result["world_size"]
-    processes = f"{world_size} process{'es' * (world_size > 1)}"
-    lines = [
-        f"{result['strategy']}, {processes}: our step against a bare loop",
-        "",
-        "| model | parameters | tokens a rank and step | bare, ms | ours, ms "
-        "| overhead, wall time | CPU time | fastest turns |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        cells = (
-            row["size"],
-            f"{row['parameters']:,}",
-            f"{row['tokens_per_rank_and_step']:,}",
-            f"{row['bare_step_seconds']['median'] * 1e3:.2f}",
-            f"{row['ours_step_seconds']['median'] * 1e3:.2f}",
-            percent(row["overhead"]),
-            percent(row["overhead_cpu_time"]),
-            f"{row['overhead']['fastest']:+.1%}",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-
-    sizes = " | ".join(row["size"] for row in rows)
-    lines += ["", f"| part of our step, µs | {sizes} |", f"|---|{'---:|' * len(rows)}"]
-    for part in rows[0]["parts_seconds_per_step"]:
-        times = [(row["parts_seconds_per_step"][part], row["bare_step_seconds"]["median"]) for row in rows]
-        shares = " | ".join(f"{seconds * 1e6:,.0f} ({seconds / bare:.1%})" for seconds, bare in times)
-        lines.append(f"| {part} | {shares} |")
-
-    turns = ", ".join(f"{row['size']} {row['pairs']} × {row['steps_per_turn']}" for row in rows)
-    threads = f"{result['threads']} thread{'s' * (result['threads'] != 1)} a process"
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    lines += [
-        "",
-        "- overhead = ours / bare - 1 within each pair of turns: median (quartiles) over all pairs",
-        "- parts: median in the running loop, in % of the bare step; every tenth step also prints a line",
-        f"- pairs × steps a turn: {turns}; {threads}; both loops ended with the same parameters",
-        f"- {in_words(result['hardware'])}; {versions}; commit {result['git_commit']}; {result['date']}",
-        *(f"- {note}" for note in result["notes"]),
-        f"- `{result['command']}`",
-    ]
-    return "\n".join(lines)
-
-
 @record
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -323,24 +275,21 @@ def main() -> None:
         for size in options.sizes:
             bar.set_description(size)
             rows.append(compare(size, ranks, options.pairs, options.steps or SIZES[size][3], bar))
-    seconds, busy, ours = (now - then for now, then in zip(processor_seconds(), before, strict=True))
+    seconds, busy, ours = since(before)
     ours = sum(ranks.all_gather(ours))  # of all ranks: one machine is taken for granted
     ranks.leave()
     if not ranks.is_main:
         return
     about = [row.pop("record") for row in rows][-1]
     on_cpu = ranks.device.type == "cpu"
-    notes = [neighbours(seconds, busy, ours)]
-    notes.append(sharing(ranks.local_world_size, torch.get_num_threads(), cores(), 0) if on_cpu else None)
-    launcher = ["python"]
-    if ranks.launcher != "python":
-        launcher = ["torchrun", f"--nproc-per-node={ranks.local_world_size}"]
+    notes = [other_load_note(seconds, busy, ours)]
+    notes.append(oversubscription_note(ranks.local_world_size, torch.get_num_threads(), cores(), 0) if on_cpu else None)
     result = {
         "benchmark": "loop_overhead",
         "strategy": "no DDP" if ranks.launcher == "python" else "DDP",
         "world_size": ranks.world_size,
-        "command": without_paths([*launcher, "benchmarks/loop_overhead.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "command": launched(ranks, "benchmarks/loop_overhead.py", sys.argv[1:]),
+        "date": date(),
         "git_commit": about["git_commit"],
         "versions": about["versions"],
         "hardware": hardware(about["device"]),
@@ -350,11 +299,7 @@ def main() -> None:
     }
     print(f"\n{table(result)}", flush=True)
     if options.output:
-        try:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        except OSError as error:
-            fail(f"--output {options.output}: {error.strerror}; choose a file you can write")
+        write_json(result, options.output, "--output")
 
 
 if __name__ == "__main__":

@@ -19,19 +19,16 @@ files are read into tensors of NaN and compared, bit by bit, with the state of t
 """
 
 import argparse
-import json
 import logging
 import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +36,28 @@ import psutil
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from loop_overhead import quartiles  # beside this file
-from scaling import cores, hardware, in_words, neighbours, plural, processor_seconds, sharing, without_paths
+from nested_state import copy_of, differing, leaves  # beside this file
+from report import (
+    cores,
+    date,
+    git_commit,
+    hardware,
+    launched,
+    other_load_note,
+    oversubscription_note,
+    plural,
+    processor_seconds,
+    quartiles,
+    since,
+    write_json,
+)
+from saving_report import WAYS, Saved, Way, summarize, table
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from common.config import Config
@@ -69,76 +79,6 @@ SIZES: dict[str, tuple[dict[str, Any], int, int]] = {
     "gpt_124m": (dict(preset="gpt_124m"), 8, 1024),
     "llama_1b": (dict(preset="llama_1b"), 2, 2048),
 }
-
-
-@dataclass(frozen=True)
-class Way:
-    """How one contestant saves."""
-
-    asynchronous: bool = True
-    keeps_memory: bool = True
-    copied_by_thread: bool = False
-    written_by_process: bool = False
-
-
-WAYS = {
-    "synchronous": Way(asynchronous=False, keeps_memory=False),
-    "fresh-copy": Way(keeps_memory=False),
-    "kept-copy": Way(),
-    "thread": Way(copied_by_thread=True),
-    "process": Way(copied_by_thread=True, written_by_process=True),
-}
-
-
-@dataclass
-class Saved:
-    """One save; seconds, of the rank that took longest where a rank waits."""
-
-    collecting: float  # get_state_dict
-    calling: float  # dcp.save, or dcp.async_save, whose copy it is that takes the time
-    before_step: float  # the first optimizer step waits until the copy is whole
-    waiting: float  # the three together
-    copied_after: float | None  # from asking; None where it is part of the call
-    written_after: float  # from asking
-    steps: list[float]  # those that began while the save was under way, without the waiting
-    quiet_steps: list[float]  # just before it
-    bytes_by_rank: list[int]
-
-
-# ------------------------------------------------------------------------------------------------ state, proof
-
-
-def copy_of(value: Any, fill: float | None = None) -> Any:
-    """A nested state dict again, in new memory: with the same values, or every tensor full of `fill`."""
-    if isinstance(value, Tensor):
-        value = value.detach()
-        return value.clone() if fill is None else torch.full_like(value, fill)
-    if isinstance(value, dict):
-        return {key: copy_of(entry, fill) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [copy_of(entry, fill) for entry in value]
-    return value
-
-
-def leaves(value: Any, name: str = "") -> dict[str, Any]:
-    """The values of a nested state dict by their dotted name; of a DTensor this rank's shard."""
-    if isinstance(value, DTensor):
-        return {name: value.to_local()}
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if items is None:
-        return {name: value}
-    return {key: leaf for part, entry in items for key, leaf in leaves(entry, f"{name}.{part}").items()}
-
-
-def differing(one: Any, other: Any) -> list[str]:
-    """Names of what is not equal in two nested state dicts, bit by bit where tensors are; NaN equals nothing."""
-    mine, theirs = leaves(one), leaves(other)
-
-    def equal(a: Any, b: Any) -> bool:
-        return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
-
-    names = mine.keys() | theirs.keys()
-    return sorted(n for n in names if n not in mine or n not in theirs or not equal(mine[n], theirs[n]))
 
 
 def written_by(folder: Path, ranks: Ranks) -> list[int]:
@@ -278,94 +218,6 @@ def save(training: Training, name: str, folder: Path) -> tuple[Saved, list[str]]
 # ------------------------------------------------------------------------------------------------------ result
 
 
-def summarise(rounds: list[dict[str, Saved]], first: dict[str, Saved]) -> list[dict[str, Any]]:
-    """One row for each way; the share of the synchronous wait is taken within each round.
-
-    Args:
-        rounds: for each round what each way took, the same ways in every round.
-        first: of a round before them, in which memory was allocated.
-    """
-    rows = []
-    # What training lost in all: the waiting, and what the steps meanwhile took longer than the quiet ones of the round.
-    lost: dict[str, list[float]] = {name: [] for name in rounds[0]}
-    for each in rounds:
-        quiet = statistics.median(seconds for saved in each.values() for seconds in saved.quiet_steps)
-        for name, saved in each.items():
-            lost[name].append(saved.waiting + sum(saved.steps) - quiet * len(saved.steps))
-    for name in rounds[0]:
-        saves = [each[name] for each in rounds]
-        under_way = [seconds for saved in saves for seconds in saved.steps]
-        row: dict[str, Any] = {"way": name, **asdict(WAYS[name])}
-        for key in ("waiting", "collecting", "calling", "before_step", "written_after"):
-            row[f"{key}_seconds"] = quartiles([getattr(saved, key) for saved in saves])
-        row["lost_seconds"] = quartiles(lost[name])
-        copied = [saved.copied_after for saved in saves if saved.copied_after is not None]
-        if "synchronous" in rounds[0]:
-            row["of_synchronous"] = quartiles([each[name].waiting / each["synchronous"].waiting for each in rounds])
-        row |= {
-            "copied_after_seconds": quartiles(copied) if copied else None,
-            "first_waiting_seconds": first[name].waiting,
-            "step_meanwhile_seconds": quartiles(under_way) if under_way else None,
-            "steps_meanwhile": sum(len(saved.steps) for saved in saves) / len(saves),
-            "bytes_by_rank": saves[0].bytes_by_rank,
-        }
-        rows.append(row)
-    return rows
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result in Markdown: how long each way waits, of what the waiting is made, and what to know about it."""
-
-    def ranged(value: dict[str, float] | None, form: str = ".3f", factor: float = 1.0) -> str:
-        if value is None:
-            return "–"
-        middle, low, high = (value[key] * factor for key in ("median", "lower_quartile", "upper_quartile"))
-        return f"{middle:{form}} ({low:{form}} – {high:{form}})"
-
-    rows = result["rows"]
-    lines = [
-        f"Saving {result['parameters']:,} parameters and AdamW's state on {plural(result['world_size'], 'rank')}",
-        "",
-        "| way | training waits, s | of the synchronous, % | written after, s | a step meanwhile, s "
-        "| training loses in all, s | the first save waits, s |",
-        "|---|" + "---:|" * 6,
-    ]
-    for row in rows:
-        cells = (
-            row["way"],
-            ranged(row["waiting_seconds"]),
-            ranged(row.get("of_synchronous"), ".1f", 100),
-            ranged(row["written_after_seconds"]),
-            ranged(row["step_meanwhile_seconds"]),
-            ranged(row["lost_seconds"]),
-            f"{row['first_waiting_seconds']:.3f}",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| of the waiting, ms | the state dict | the call | before the optimizer step | copied after |"]
-    lines.append("|---|" + "---:|" * 4)
-    for row in rows:
-        keys = ("collecting_seconds", "calling_seconds", "before_step_seconds", "copied_after_seconds")
-        parts = (ranged(row[key], ",.0f", 1e3) for key in keys)
-        lines.append(f"| {row['way']} | {' | '.join(parts)} |")
-    copies = result["copy_seconds"]
-    sizes = "  ".join(f"{size:,}" for size in rows[0]["bytes_by_rank"])
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    lines += [
-        "",
-        f"- median (quartiles) over {plural(result['rounds'], 'round')}, after one to warm up; shares are taken within "
-        "a round; the slowest rank counts",
-        f"- bytes by rank: {sizes}; of them tensors: {'  '.join(f'{size:,}' for size in result['shard_bytes'])}",
-        f"- a plain copy of a rank's tensors: {copies['fresh']:.3f} s into new memory, {copies['kept']:.3f} s into "
-        "memory that is there already",
-        f"- a step without a save: {ranged(result['quiet_step_seconds'])} s",
-        f"- all {result['saves']} saves were read again, and are in all bits the state of the moment of asking",
-        f"- {in_words(result['hardware'])}; {versions}; commit {result['git_commit']}; {result['date']}",
-        *(f"- {note}" for note in result["notes"]),
-        f"- `{result['command']}`",
-    ]
-    return "\n".join(lines)
-
-
 def time_copies(training: Training) -> tuple[int, dict[str, float]]:
     """Bytes of this rank's tensors, and the seconds that a plain copy of them takes: the least any save can do."""
     tensors = [leaf for leaf in leaves(training.state()).values() if isinstance(leaf, Tensor)]
@@ -438,7 +290,7 @@ def measure(options: argparse.Namespace, ranks: Ranks, folder: Path, bar: tqdm) 
         "shard_bytes": ranks.all_gather(shard_bytes),
         "copy_seconds": copy_seconds,
         "quiet_step_seconds": quartiles([t for each in measured for saved in each.values() for t in saved.quiet_steps]),
-        "rows": summarise(measured, first),
+        "rows": summarize(measured, first),
     }
 
 
@@ -463,7 +315,7 @@ def main() -> None:
     finally:
         if ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)
-    seconds, busy, ours = (now - then for now, then in zip(processor_seconds(), before, strict=True))
+    seconds, busy, ours = since(before)
     ours += sum(sum(child.cpu_times()[:2]) for child in psutil.Process().children())  # the process that writes
     ours = sum(ranks.all_gather(ours))  # of all ranks: one machine is taken for granted
     on_cpu = ranks.device.type == "cpu"
@@ -471,19 +323,14 @@ def main() -> None:
     ranks.leave()
     if not ranks.is_main:
         return
-    notes = [neighbours(seconds, busy, ours)]
-    notes.append(sharing(ranks.local_world_size, torch.get_num_threads(), cores(), 0) if on_cpu else None)
-    describe = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    launcher = ["python"]
-    if ranks.launcher != "python":
-        launcher = ["torchrun", f"--nproc-per-node={ranks.local_world_size}"]
+    notes = [other_load_note(seconds, busy, ours)]
+    notes.append(oversubscription_note(ranks.local_world_size, torch.get_num_threads(), cores(), 0) if on_cpu else None)
     result = {
         "benchmark": "saving",
         "world_size": ranks.world_size,
-        "command": without_paths([*launcher, "benchmarks/saving.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "git_commit": commit or None,
+        "command": launched(ranks, "benchmarks/saving.py", sys.argv[1:]),
+        "date": date(),
+        "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "hardware": hardware(device),
         "threads": torch.get_num_threads(),
@@ -492,11 +339,7 @@ def main() -> None:
     }
     print(f"\n{table(result)}", flush=True)
     if options.output:
-        try:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        except OSError as error:
-            fail(f"--output {options.output}: {error.strerror}; choose a file you can write")
+        write_json(result, options.output, "--output")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import by_hand  # noqa: E402  (needs the path above)
+import by_hand_contestants  # noqa: E402
 
 ON_RANKS = OnRanks("tests/benchmarks/by_hand_on_ranks.py")
 KEPT = ROOT / "benchmarks" / "results" / "by_hand"
@@ -103,7 +104,7 @@ def check_result(folder, printed, compare) -> None:
             assert (row["collectives_per_step"] is None) == (one["comparison"] == "ring")
             assert "hidden" not in row or row["contestant"] in ("bucketed by hand", "torch DDP")
     if "ring" in compare:
-        assert [one["bytes"] for one in result["comparisons"] if one["comparison"] == "ring"] == by_hand.SIZES
+        assert [one["bytes"] for one in result["comparisons"] if one["comparison"] == "ring"] == by_hand_contestants.SIZES
     assert printed.strip().endswith(by_hand.table(result))  # rank 0 alone prints, and prints what it keeps
     rows = [line for line in printed.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in rows}) == 1 and len(rows) == 2 + sum(ROWS[name] for name, _ in found)

@@ -127,7 +127,7 @@ def test_shares_are_taken_within_a_round() -> None:
         {"synchronous": saved(4.0 * k, [], [1.0 * k] * 2), "thread": saved(0.2 * k, [1.5 * k, 1.1 * k], [1.0 * k] * 2)}
         for k in (1, 1, 10)
     ]
-    synchronous, thread = saving.summarise(rounds, rounds[2])
+    synchronous, thread = saving.summarize(rounds, rounds[2])
     assert thread["of_synchronous"] == pytest.approx({"median": 0.05, "lower_quartile": 0.05, "upper_quartile": 0.05})
     assert synchronous["waiting_seconds"]["median"] == 4.0 and thread["waiting_seconds"]["median"] == 0.2
     assert thread["lost_seconds"]["median"] == pytest.approx(0.2 + 0.5 + 0.1, rel=1e-12)

@@ -19,9 +19,13 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import frameworks  # noqa: E402  (needs the path above)
 import kill_and_resume  # noqa: E402
+import lesson_runs  # noqa: E402
 import loop_overhead  # noqa: E402
+import report  # noqa: E402
 import saving  # noqa: E402
 import scaling  # noqa: E402
+import scaling_arithmetic  # noqa: E402
+import scaling_report  # noqa: E402
 
 from common.flops import flops_per_token  # noqa: E402
 from common.transformer import ModelConfig, Transformer  # noqa: E402
@@ -62,9 +66,9 @@ with open(os.path.join(folder, "metrics.jsonl"), "w") as file:
 """
 
 
-def measured(ranks: int, units: int, seconds: float, flops: float = 0.0, parameters: int = 0) -> scaling.Measured:
+def measured(ranks: int, units: int, seconds: float, flops: float = 0.0, parameters: int = 0) -> lesson_runs.Measured:
     record = {"flops_per_unit": flops}
-    return scaling.Measured(ranks, units, seconds, [ranks], last_loss=1.0, record=record, parameters=parameters)
+    return lesson_runs.Measured(ranks, units, seconds, [ranks], last_loss=1.0, record=record, parameters=parameters)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +85,8 @@ def measured(ranks: int, units: int, seconds: float, flops: float = 0.0, paramet
 )
 def test_formulas(mode, base, base_seconds, ranks, seconds, speed_up, efficiency) -> None:
     arguments = (mode, base, base_seconds, ranks, seconds)
-    assert scaling.speed_up(*arguments) == pytest.approx(speed_up, rel=1e-12)
-    assert scaling.efficiency(*arguments) == pytest.approx(efficiency, rel=1e-12)
+    assert scaling_arithmetic.speed_up(*arguments) == pytest.approx(speed_up, rel=1e-12)
+    assert scaling_arithmetic.efficiency(*arguments) == pytest.approx(efficiency, rel=1e-12)
     # In both modes efficiency is throughput over ideal throughput: the formulas are the right way up.
     units = {"strong": (60, 60), "weak": (60 * base, 60 * ranks)}[mode]
     ideal = units[0] / base_seconds * ranks / base
@@ -100,8 +104,8 @@ def test_formulas(mode, base, base_seconds, ranks, seconds, speed_up, efficiency
 )
 def test_formulas_of_a_growing_model(base, base_seconds, ranks, seconds, work, speed_up, efficiency) -> None:
     arguments = ("model", base, base_seconds, ranks, seconds, work)
-    assert scaling.speed_up(*arguments) == pytest.approx(speed_up, rel=1e-12)
-    assert scaling.efficiency(*arguments) == pytest.approx(efficiency, rel=1e-12)
+    assert scaling_arithmetic.speed_up(*arguments) == pytest.approx(speed_up, rel=1e-12)
+    assert scaling_arithmetic.efficiency(*arguments) == pytest.approx(efficiency, rel=1e-12)
     # FLOP/s of a rank over FLOP/s of a rank: the right way up.
     first = 60.0
     per_rank = first * work / seconds / ranks, first / base_seconds / base
@@ -109,19 +113,21 @@ def test_formulas_of_a_growing_model(base, base_seconds, ranks, seconds, work, s
 
 
 def test_the_stated_formulas_are_those_computed() -> None:
-    for mode in scaling.MODES:
+    for mode in scaling_arithmetic.MODES:
         for base in (1, 2):
-            for name, text in scaling.formulas(mode, base).items():
+            for name, text in scaling_arithmetic.formulas(mode, base).items():
                 expression = text.replace("·", "*").replace(f"T({base})", "8.0").replace("T(N)", "5.0")
                 expression = expression.replace(f"W({base})", "2.0").replace("W(N)", "7.0")
                 value = eval(expression.replace("N", "6"))
-                assert value == pytest.approx(getattr(scaling, name)(mode, base, 8.0, 6, 5.0, 3.5), rel=1e-12)
+                assert value == pytest.approx(
+                    getattr(scaling_arithmetic, name)(mode, base, 8.0, 6, 5.0, 3.5), rel=1e-12
+                )
 
 
 def test_rounds_are_compared_within_themselves() -> None:
     """A machine that is ten times slower in the second round changes the times, but no efficiency."""
     rounds = [{1: measured(1, 60, 4.0 * slow), 2: measured(2, 60, 2.5 * slow)} for slow in (1, 10, 1)]
-    one, two = scaling.summarise("strong", rounds)
+    one, two = scaling_arithmetic.summarize("strong", rounds)
     assert one["efficiency"] == {"median": 1.0, "min": 1.0, "max": 1.0}
     assert two["efficiency"] == pytest.approx({"median": 0.8, "min": 0.8, "max": 0.8}, rel=1e-12)
     assert two["speed_up"]["median"] == pytest.approx(1.6, rel=1e-12)
@@ -132,7 +138,7 @@ def test_rounds_are_compared_within_themselves() -> None:
 def test_a_growing_model_is_measured_in_flops() -> None:
     """By hand: 60 units of 10 FLOPs in 2 s, of 18 FLOPs in 2.4 s on 2 ranks: 300 and 225 FLOP/s a rank."""
     rounds = [{1: measured(1, 60, 2.0 * k, 10.0, 500), 2: measured(2, 60, 2.4 * k, 18.0, 1100)} for k in (1, 10, 1)]
-    one, two = scaling.summarise("model", rounds)
+    one, two = scaling_arithmetic.summarize("model", rounds)
     assert (one["parameters"], two["parameters"]) == (500, 1100)
     assert (one["flops_per_step"], two["flops_per_step"]) == (600.0, 1080.0)
     assert one["flops_per_second_per_rank"]["median"] == pytest.approx(300.0, rel=1e-12)
@@ -141,12 +147,19 @@ def test_a_growing_model_is_measured_in_flops() -> None:
     assert two["efficiency"] == pytest.approx({"median": 0.75, "min": 0.75, "max": 0.75}, rel=1e-12)
     assert two["speed_up"]["median"] == pytest.approx(1.5, rel=1e-12)
     assert two["time_ratio"]["median"] == pytest.approx(2.0 / 2.4, rel=1e-12)  # which calls it 83 %
-    assert scaling.not_so([one, two]).endswith(": 83.3% on 2 ranks, where each has 0.900 of the FLOPs: 75.0%")
-    parameters, flops = scaling.uneven([one, two])
+    assert scaling_report.naive_efficiency_note([one, two]).endswith(
+        ": 83.3% on 2 ranks, where each has 0.900 of the FLOPs: 75.0%"
+    )
+    parameters, flops = scaling_arithmetic.uneven_share_warnings([one, two])
     assert parameters.startswith("parameters per rank, against 1 rank: +10.0% on 2 ranks; expected within 5%")
     assert flops.startswith("FLOPs of a step per rank, against 1 rank: -10.0% on 2 ranks; expected within 5%")
-    (even,) = scaling.summarise("model", [{1: measured(1, 60, 2.0, 10.0, 500)}])
-    assert scaling.uneven([even, even | {"ranks": 2, "parameters": 1040, "flops_per_step": 1150.0}]) == []
+    (even,) = scaling_arithmetic.summarize("model", [{1: measured(1, 60, 2.0, 10.0, 500)}])
+    assert (
+        scaling_arithmetic.uneven_share_warnings(
+            [even, even | {"ranks": 2, "parameters": 1040, "flops_per_step": 1150.0}]
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
@@ -164,37 +177,37 @@ def test_the_configs_grow_as_the_ranks_do(ranks) -> None:
 
     (_, first, work), (text, parameters, grown) = made(1), made(ranks)
     assert f"{ranks} rank{'s' * (ranks > 1)}: {parameters:,} parameters" in text
-    assert parameters / ranks == pytest.approx(first, rel=scaling.UNEVEN)
-    assert grown / ranks == pytest.approx(work, rel=scaling.UNEVEN)
+    assert parameters / ranks == pytest.approx(first, rel=scaling_arithmetic.UNEVEN)
+    assert grown / ranks == pytest.approx(work, rel=scaling_arithmetic.UNEVEN)
 
 
 def test_sharing_is_said() -> None:
     says = "this measures sharing, not scaling"
-    assert scaling.sharing(4, 1, 2, 0) == f"4 ranks share 2 cores: {says}"
-    assert scaling.sharing(2, 2, 2, 0) == f"2 ranks of 2 threads share 2 cores: {says}"
-    assert scaling.sharing(2, 1, 1, 0) == f"2 ranks share 1 core: {says}"
-    assert scaling.sharing(2, 1, 2, 0) is None
-    assert scaling.sharing(9, 1, 96, 8) == f"9 ranks share 8 GPUs: {says}"
-    assert scaling.sharing(8, 1, 2, 8) is None  # ranks on GPUs: the cores do not count
+    assert report.oversubscription_note(4, 1, 2, 0) == f"4 ranks share 2 cores: {says}"
+    assert report.oversubscription_note(2, 2, 2, 0) == f"2 ranks of 2 threads share 2 cores: {says}"
+    assert report.oversubscription_note(2, 1, 1, 0) == f"2 ranks share 1 core: {says}"
+    assert report.oversubscription_note(2, 1, 2, 0) is None
+    assert report.oversubscription_note(9, 1, 96, 8) == f"9 ranks share 8 GPUs: {says}"
+    assert report.oversubscription_note(8, 1, 2, 8) is None  # ranks on GPUs: the cores do not count
 
 
 def test_other_programs_are_noticed(monkeypatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    assert scaling.neighbours(seconds=100.0, busy=150.0, ours=145.0) is None
+    assert report.other_load_note(seconds=100.0, busy=150.0, ours=145.0) is None
     warning = "measured on a shared machine: other programs kept 0.8 of its 2 cores busy meanwhile"
-    assert scaling.neighbours(seconds=100.0, busy=150.0, ours=70.0) == warning
+    assert report.other_load_note(seconds=100.0, busy=150.0, ours=70.0) == warning
 
 
 def test_our_own_work_and_that_of_our_children_is_ours() -> None:
-    before = scaling.processor_seconds()
+    before = report.processor_seconds()
     subprocess.run([sys.executable, "-c", "sum(range(20_000_000))"], check=True)
-    _, busy, ours = (now - then for now, then in zip(scaling.processor_seconds(), before, strict=True))
+    _, busy, ours = (now - then for now, then in zip(report.processor_seconds(), before, strict=True))
     assert 0.1 < ours <= 1.1 * busy + 0.1  # the machine's clock is coarse: it counts in hundredths of a second
 
 
 def test_command_lines_lose_paths_outside() -> None:
     words = ["python", "x.py", f"{Path.cwd()}/ddp/train.py", "--data.path=/secret/place/text.txt", "/a/b", "1/2"]
-    assert scaling.without_paths(words) == "python x.py ddp/train.py --data.path=text.txt b 1/2"
+    assert report.without_paths(words) == "python x.py ddp/train.py --data.path=text.txt b 1/2"
 
 
 def test_the_readme_shows_the_kept_results() -> None:
@@ -410,7 +423,7 @@ def test_a_failed_run_is_shown_with_its_cause(scale, tmp_path) -> None:
 
 def test_the_template_starts_ranks_on_nodes() -> None:
     template = "srun --nodes={nodes} --ntasks={ranks} python"
-    command = scaling.launch_command("x.py", 17, template, 8, plain=False)
+    command = lesson_runs.launch_command("x.py", 17, template, 8, plain=False)
     assert command == ["srun", "--nodes=3", "--ntasks=17", "python", "x.py"]
 
 
