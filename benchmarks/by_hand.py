@@ -55,7 +55,8 @@ from common.run_folder import environment_record
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "collectives"))  # a lesson is no package
 
-from bandwidth import BandwidthConfig, check_outputs, slowest
+from bandwidth_measure import slowest  # by the path above
+from bandwidth_output import check_outputs
 
 WARM_UP_STEPS = 3  # DDP rebuilds its buckets after the first backward
 TURN_SECONDS = 0.2  # steps a turn, unless given: so many that the slowest contestant's turn lasts this long
@@ -245,7 +246,7 @@ def main() -> None:
     ranks = join("cpu", timeout_s=120)
     if ranks.world_size < 2:
         fail("one process has nobody to send to; start several with torchrun --nproc-per-node=2")
-    check_outputs(BandwidthConfig(json=options.json, plot=options.plot), ranks)
+    check_outputs(ranks, json=options.json, plot=options.plot)
     hosts = len(set(ranks.all_gather(socket.gethostname())))
 
     jobs = [(comparison, case) for comparison in options.compare for case in COMPARISONS[comparison][1]]

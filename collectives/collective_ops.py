@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from bandwidth import all_gather_single, reduce_scatter_single
+from bandwidth_operations import all_gather_single, reduce_scatter_single
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 

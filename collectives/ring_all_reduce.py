@@ -21,7 +21,9 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from bandwidth import DTYPES, BandwidthConfig, check_outputs, time_operation
+from bandwidth_measure import DTYPES, time_operation
+from bandwidth_output import check_outputs
+from bandwidth_settings import BandwidthConfig
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from common.config import parse
@@ -179,7 +181,7 @@ def main(config: RingConfig) -> None:
     n, dtype = ranks.world_size, DTYPES[config.dtype]
     if n < 2:
         fail("one process has nobody to send to; start several with torchrun --nproc-per-node=3")
-    check_outputs(BandwidthConfig(plot=config.plot), ranks)
+    check_outputs(ranks, plot=config.plot)
     check(ranks, dtype)
 
     rows: list[dict[str, Any]] = []

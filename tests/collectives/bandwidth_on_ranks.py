@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "collectives"), str(Path(__file__).parent)]
 
 import bandwidth  # noqa: E402  (needs the paths above)
+import bandwidth_measure  # noqa: E402
+import bandwidth_operations  # noqa: E402
 import lesson_on_ranks  # noqa: E402
 from lesson_on_ranks import here  # noqa: E402
 
@@ -25,51 +27,51 @@ def run(arguments: list[str]) -> tuple[int, str, str]:
 
 def tampered(collective: str, on_rank: int) -> tuple[int, str]:
     """Measure a collective whose last received element is off by one on one rank: exit code and stderr."""
-    honest, err = bandwidth.RUN[collective], io.StringIO()
+    honest, err = bandwidth_operations.RUN[collective], io.StringIO()
 
-    def dishonest(message: bandwidth.Message) -> None:
+    def dishonest(message: bandwidth_operations.Message) -> None:
         honest(message)
         if dist.get_rank() == on_rank:
             part = message.mine if collective == "reduce_scatter" else slice(None)
             message.receive[part][-1] += 1
 
-    bandwidth.RUN[collective] = dishonest
+    bandwidth_operations.RUN[collective] = dishonest
     try:
         with contextlib.redirect_stderr(err):
-            bandwidth.measure(collective, 64, dist.group.WORLD, here(), bandwidth.BandwidthConfig(repeats=1))
+            bandwidth_measure.measure(collective, 64, dist.group.WORLD, here(), bandwidth.BandwidthConfig(repeats=1))
     except SystemExit as ended:
         return ended.code, err.getvalue()
     finally:
-        bandwidth.RUN[collective] = honest
+        bandwidth_operations.RUN[collective] = honest
     return 0, err.getvalue()
 
 
 def slowest_of() -> list[float]:
     """Three times that another rank has longest each, or all alike."""
     ranks = here()
-    return bandwidth.slowest([1.0 + ranks.rank, 30.0 - 10 * ranks.rank, 9.0], ranks)
+    return bandwidth_measure.slowest([1.0 + ranks.rank, 30.0 - 10 * ranks.rank, 9.0], ranks)
 
 
 def idle(collective: str) -> bool:
     """Whether a collective that does nothing at all passes as right on this rank."""
-    honest = bandwidth.RUN[collective]
-    bandwidth.RUN[collective] = lambda message: None
+    honest = bandwidth_operations.RUN[collective]
+    bandwidth_operations.RUN[collective] = lambda message: None
     try:
         n, numbers = dist.get_world_size(), torch.zeros(12 * dist.get_world_size())
-        message = bandwidth.Message(numbers, numbers.clone(), dist.group.WORLD, dist.get_rank(), n)
-        return bandwidth.is_right(collective, message)
+        message = bandwidth_operations.Message(numbers, numbers.clone(), dist.group.WORLD, dist.get_rank(), n)
+        return bandwidth_operations.is_right(collective, message)
     finally:
-        bandwidth.RUN[collective] = honest
+        bandwidth_operations.RUN[collective] = honest
 
 
 def unsupported() -> dict | str:
     """An operation that the backend does not have: Gloo reduces no sparse tensor."""
-    honest = bandwidth.RUN["reduce"]
-    bandwidth.RUN["reduce"] = lambda m: dist.reduce(m.receive.to_sparse(), group_dst=0, group=m.group)
+    honest = bandwidth_operations.RUN["reduce"]
+    bandwidth_operations.RUN["reduce"] = lambda m: dist.reduce(m.receive.to_sparse(), group_dst=0, group=m.group)
     try:
-        return bandwidth.measure("reduce", 64, dist.group.WORLD, here(), bandwidth.BandwidthConfig())
+        return bandwidth_measure.measure("reduce", 64, dist.group.WORLD, here(), bandwidth.BandwidthConfig())
     finally:
-        bandwidth.RUN["reduce"] = honest
+        bandwidth_operations.RUN["reduce"] = honest
 
 
 def hosts_of_two(counts: list[int]) -> list[tuple[str, list[int]]] | tuple[int, str]:
@@ -84,7 +86,7 @@ def hosts_of_two(counts: list[int]) -> list[tuple[str, list[int]]] | tuple[int, 
             groups = bandwidth.make_groups(hosts, config, ranks)
     except SystemExit as ended:
         return ended.code, err.getvalue()
-    rows = {name: bandwidth.measure("all_gather", 240, group, ranks, config) for name, group in groups.items()}
+    rows = {name: bandwidth_measure.measure("all_gather", 240, group, ranks, config) for name, group in groups.items()}
     return [
         (name, dist.get_process_group_ranks(groups[name]), row["ranks"], row["bytes"]) for name, row in rows.items()
     ]

@@ -11,6 +11,8 @@ from launching import ROOT, OnRanks, clean_environment, free_port
 sys.path.insert(0, str(ROOT / "collectives"))
 
 import bandwidth
+import bandwidth_measure
+import bandwidth_operations
 
 ON_RANKS = OnRanks("tests/collectives/bandwidth_on_ranks.py")
 ALL = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "reduce", "send_recv"]
@@ -29,9 +31,9 @@ FACTORS = {
 
 
 def test_bus_factors():
-    assert list(bandwidth.RUN) == ALL == list(FACTORS)
+    assert list(bandwidth_operations.RUN) == ALL == list(FACTORS)
     for collective, factors in FACTORS.items():
-        assert [bandwidth.bus_factor(collective, n) for n in (2, 3, 4)] == pytest.approx(factors, rel=1e-15)
+        assert [bandwidth_operations.bus_factor(collective, n) for n in (2, 3, 4)] == pytest.approx(factors, rel=1e-15)
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(2, "fp32"), (3, "bf16"), pytest.param(4, "fp64", marks=slow)])
@@ -227,4 +229,4 @@ def test_sizes():
 
 
 def test_spans():
-    assert bandwidth.spans([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+    assert bandwidth_measure.spans([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
