@@ -21,20 +21,18 @@ import os
 import platform
 import shlex
 import shutil
-import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
+from stage_runs import measure
+from stage_table import print_table, read_results
 
 from common.ranks import fail
 
-SCRIPT = Path(__file__).with_name("finetune.py")
 CONFIGS = Path(__file__).with_name("configs")
-SECONDS_BETWEEN_SAMPLES = 0.25
 OPTIMIZER, PARAMETERS = "offload_optimizer", "offload_param"
 # name: (the row that it differs from, how; stage, sections of zero_optimization that are off-loaded, pinned)
 ROWS: dict[str, tuple[str | None, str, int | None, list[str], bool]] = {
@@ -182,133 +180,6 @@ def laptop_model(folder: Path, width: int, layers: int) -> list[str]:
     print(f"a random model of {sum(p.numel() for p in model.parameters()):,} parameters: {folder}/model")
     return ["--model_path", str(folder / "model"), "--data.sequence_length", "96", "--batch.global_size", "8",
             "--optimizer.lr", "3e-4"]  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------------------- measure
-
-
-def measure(row: dict[str, Any], name: str, options: argparse.Namespace, nodes: int, arguments: list[str]) -> dict:
-    """Run `finetune.py` once. Returns loss, samples per second and memory in bytes; None for what nobody could see."""
-    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node={{ranks}}"
-    template = options.launch or torchrun
-    launch = shlex.split(template.replace("{ranks}", str(options.ranks)).replace("{nodes}", str(nodes)))
-    few = ["--data.validation_samples", "4", "--data.answer_length", "4", "--train.log_every", "1", "--export", "false"]
-    ours = ["--train.steps", str(options.steps), "--runs_dir", str(options.output), "--run_name", name]
-    config = ["--deepspeed_config", row["config"]] if row["config"] else []
-    command = [*launch, str(SCRIPT), *few, *arguments, *config, *ours]
-    folder, gpus = options.output / name, gpu_reader()
-    host, device = [], []
-    with open(options.output / f"{name}.log", "w") as log:
-        process = psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-        try:
-            while process.poll() is None:
-                if (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size:
-                    host.append(resident_bytes(process))  # from the end of the first step on
-                    device.append(gpus())
-                time.sleep(SECONDS_BETWEEN_SAMPLES)
-        finally:
-            end(process)
-    if process.returncode:
-        lines = [line for line in (options.output / f"{name}.log").read_text().splitlines() if "error: " in line]
-        fail(f"{name} ended with {process.returncode}: {lines[0] if lines else 'see'} ({options.output}/{name}.log)")
-    trained = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    trained, record = [r for r in trained if "loss" in r], json.loads((folder / "run.json").read_text())
-    host, device = [value for value in host if value], [value for value in device if value]
-    on_gpu = "CPU" not in record["device"]
-    return {
-        "loss_at_first": trained[0]["loss"],
-        "loss_at_last": trained[-1]["loss"],
-        "samples_per_second": statistics.median(r["samples_per_second"] for r in trained[1:]),
-        "gpu_peak_bytes": max(record["peak_memory_bytes"]) if on_gpu else None,  # as torch allocated, on one rank
-        "gpu_average_bytes": statistics.fmean(device) if on_gpu and device else None,  # as the driver says
-        "cpu_peak_bytes": max(host) if host else None,
-        "cpu_average_bytes": statistics.fmean(host) if host else None,
-        "device": record["device"],
-    }
-
-
-def resident_bytes(process: psutil.Process) -> int:
-    """Resident memory of all that the launcher has started on this machine; shared pages count in each."""
-    total = 0
-    with contextlib.suppress(psutil.Error):
-        for child in process.children(recursive=True):
-            with contextlib.suppress(psutil.Error):  # it has just ended
-                total += child.memory_info().rss
-    return total
-
-
-def gpu_reader() -> Any:
-    """A function that says how many bytes are in use on the fullest GPU of this machine; 0 where there is none."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-    except Exception:  # no package, or no driver: finetune.py's own record has the peak
-        return lambda: 0
-    return lambda: max((pynvml.nvmlDeviceGetMemoryInfo(handle).used for handle in handles), default=0)
-
-
-def end(process: psutil.Popen) -> None:
-    """Leave no rank behind when we are interrupted."""
-    if process.poll() is None:
-        family = [*process.children(recursive=True), process]
-        for member in family:
-            with contextlib.suppress(psutil.Error):
-                member.terminate()
-        psutil.wait_procs(family, timeout=20)
-
-
-# ----------------------------------------------------------------------------------------------------------- table
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    try:
-        results = json.loads(path.read_text())
-        assert results["runs"]
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        fail(f"--table {path}: not a results.json of this script ({error})")
-    return results
-
-
-def print_table(results: dict[str, Any], path: Path | None = None) -> None:
-    """A Markdown table: a row for each run, the medians over its rounds."""
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for run in results["runs"]:
-        runs.setdefault(run["run"], []).append(run)
-    lines = [
-        "| run | differs from | by | loss, first → last | samples/s | GPU GiB: peak / mean | CPU GiB: peak / mean |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, rounds in runs.items():
-
-        def median(key: str, rounds: list[dict[str, Any]] = rounds) -> float | None:
-            found = [run[key] for run in rounds if run[key] is not None]
-            return statistics.median(found) if found else None
-
-        def gib(kind: str, median: Any = median) -> str:
-            values = (median(f"{kind}_peak_bytes"), median(f"{kind}_average_bytes"))
-            return " / ".join("–" if value is None else f"{value / 2**30:.2f}" for value in values)
-
-        first = rounds[0]
-        lines.append(
-            f"| `{name}` | {first['differs_from'] or '–'} | {first['by']} | {median('loss_at_first'):.4f} → "
-            f"{median('loss_at_last'):.4f} | {median('samples_per_second'):.1f} | {gib('gpu')} | {gib('cpu')} |"
-        )
-    everyone = results["runs"]
-    spread = max(
-        max(run[key] for run in everyone) - min(run[key] for run in everyone)
-        for key in ("loss_at_first", "loss_at_last")
-    )
-    device, rounds = everyone[0]["device"], max(run["round"] for run in everyone)
-    lines += [
-        "",
-        f"{results['ranks']} ranks on {results['nodes']} node(s), {device}; {rounds} round(s), "
-        f"{results['started'][:10]}. Losses of all rows within {spread:.1e} of each other.",
-    ]
-    print("\n".join(["", *lines]))
-    if path:
-        path.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

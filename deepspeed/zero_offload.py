@@ -13,8 +13,6 @@ files; beside them stands what the papers predict: ZeRO (arXiv 1910.02054), ZeRO
 import gc
 import statistics
 import time
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +20,7 @@ from typing import Any, Literal
 import torch
 from environment import deepspeed
 from nvme import why_not_nvme
+from offload_meter import HeldBytes, measure, storages
 from settings import open_swap_folder, start_deepspeed
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -39,8 +38,6 @@ CASES = {  # name: what it is, ZeRO's stage, where the optimizer goes, where the
 }
 ROLES = ("parameters", "gradients", "optimizer", "buffers")
 MOMENTS = ("before the step", "after backward", "after the step")
-
-Held = Counter[tuple[str, str]]  # (place, role) -> bytes
 
 
 @dataclass
@@ -94,7 +91,9 @@ def run_case(name: str, config: OffloadConfig, count: int, ranks: Ranks) -> None
     gc.collect()
     before = set(storages(gc.get_objects()))
     engine, optimizer = build(name, config, swap, ranks)
-    held = [measure(engine, before, name, swap, ranks)]
+    _, _, optimizer_to, parameters_to = CASES[name]
+    offloaded = {"parameters": parameters_to, "gradients": optimizer_to, "optimizer": optimizer_to}
+    held = [measure(engine, before, offloaded, swap, ranks)]
     generator = torch.Generator().manual_seed(derive_seed(config.seed, ranks.rank))
     shape = (1, config.sequence_length + 1)
     text = torch.randint(config.model.vocabulary, shape, generator=generator).to(ranks.device)
@@ -110,11 +109,11 @@ def run_case(name: str, config: OffloadConfig, count: int, ranks: Ranks) -> None
         if step == 0:
             loss = loss.detach()  # lets go of what the forward kept
             before |= set(storages([loss]))
-            held.append(measure(engine, before, name, swap, ranks))
+            held.append(measure(engine, before, offloaded, swap, ranks))
         start = now(ranks)
         engine.step()
         if step == 0:
-            held.append(measure(engine, before, name, swap, ranks))
+            held.append(measure(engine, before, offloaded, swap, ranks))
         else:
             for kind, value in zip(
                 seconds, (clock[1] - clock[0], clock[2] - clock[1], now(ranks) - start), strict=True
@@ -167,74 +166,6 @@ def build(name: str, config: OffloadConfig, swap: Path | None, ranks: Ranks) -> 
     return engine, optimizer
 
 
-# ------------------------------------------------------------------------------------------------- measuring
-
-
-def storages(objects: Iterable[Any]) -> dict[int, tuple[torch.UntypedStorage, torch.Tensor]]:
-    """Memory behind the tensors among the objects, by its identity; views of one memory count once."""
-    found = {}
-    for item in objects:
-        if issubclass(type(item), torch.Tensor) and item.device.type != "meta" and item.layout == torch.strided:
-            storage = item.untyped_storage()
-            if storage.nbytes():
-                found[storage._cdata] = (storage, item)
-    return found
-
-
-def owners(engine: Any) -> dict[str, list[Any]]:
-    """Which tensors of an engine play which role; names of DeepSpeed 0.19."""
-    zero, parameters = engine.optimizer, list(engine.module.parameters())
-    master = list(getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups)
-    averages = [value for entries in zero.optimizer.state.values() for value in entries.values()]
-    partitions = getattr(zero, "averaged_gradients", None) or {}
-    gradients = [tensor.grad for tensor in (*master, *parameters)] + [
-        getattr(zero, "grad_partitions_flat_buffer", None)
-    ]
-    gradients += [tensor for group in partitions.values() for tensor in (group or [])]
-    if swapper := getattr(zero, "optimizer_swapper", None):  # of sub-groups that are on disk, until the step
-        gradients += [t for info in swapper.swap_params_info.values() for t in info.unswapped_gradients.values()]
-    shards = [getattr(parameter, "ds_tensor", None) for parameter in parameters]
-    return {"optimizer": master + averages, "gradients": gradients, "parameters": parameters + shards}
-
-
-def host_buffers(engine: Any) -> list[Any]:
-    """What DeepSpeed stages in host memory on the way to the device or the disk."""
-    zero = engine.optimizer
-    found = list(getattr(zero, "param_buffer_of_bit16_for_cpu_offload_groups", []))
-    found.append(getattr(zero, "temp_grad_buffer_for_cpu_offload", None))
-    if swapper := getattr(zero, "optimizer_swapper", None):
-        found += swapper.swap_buffer_manager.all_buffers
-    for parameter in engine.module.parameters():
-        if swapper := getattr(parameter, "nvme_swapper", None):
-            found += [swapper.buffers, swapper.partitioned_swap_buffer]
-    return found
-
-
-def measure(engine: Any, before: set[int], name: str, swap: Path | None, ranks: Ranks) -> Held:
-    """Bytes by place and role: every tensor of this process that was not there before the engine, and swap files."""
-    _, _, optimizer_to, parameters_to = CASES[name]
-    gc.collect()
-    role_of = {key: role for role, tensors in owners(engine).items() for key in storages(tensors)}
-    staged = set(storages(host_buffers(engine)))
-    off_loaded = {"parameters": parameters_to, "gradients": optimizer_to, "optimizer": optimizer_to}
-    held: Held = Counter()
-    for key, (storage, tensor) in storages(gc.get_objects()).items():
-        if key in before:
-            continue
-        role = role_of.get(key, "buffers")
-        if ranks.device.type == "cuda":  # as it is
-            place = "device" if tensor.is_cuda else "pinned" if tensor.is_pinned() else "host"
-        else:  # as the settings would have it
-            place = "host" if key in staged or off_loaded.get(role) else "device"
-        held[place, role] += storage.nbytes()
-    for path in swap.rglob("*") if swap else []:
-        if path.is_file() and f"rank{ranks.rank}" in path.parts:
-            of_parameters = path.parent.parent.name.endswith("params")
-            role = "parameters" if of_parameters else "gradients" if "gradient" in path.name else "optimizer"
-            held["disk", role] += path.stat().st_size
-    return held
-
-
 def predicted(name: str, count: int, n: int) -> dict[tuple[str, str], tuple[str, int]]:
     """What the papers give for mixed precision with Adam: 2 bytes of weights and of gradients, 12 of fp32 state."""
     _, stage, optimizer_to, parameters_to = CASES[name]
@@ -247,7 +178,7 @@ def predicted(name: str, count: int, n: int) -> dict[tuple[str, str], tuple[str,
     }
 
 
-def print_case(name: str, held: list[Held], count: int, ranks: Ranks) -> None:
+def print_case(name: str, held: list[HeldBytes], count: int, ranks: Ranks) -> None:
     formula = predicted(name, count, ranks.world_size)
     ranks.print(f"\n{CASES[name][0]}")
     ranks.print(" " * 21 + "".join(f"{moment:>17}" for moment in MOMENTS) + "   by the papers")

@@ -1,6 +1,6 @@
 """ZeRO's shards under the names of the plain model, so that the checkpoint fits any stage, world size and strategy.
 
-DeepSpeed's own checkpoints (`engine.save_checkpoint`) are pickles of flat partitions: `convert_checkpoint.py` shows
+DeepSpeed's own checkpoints (`engine.save_checkpoint`) are pickles of flat partitions: `own_checkpoint.py` shows
 them. Here each parameter is gathered, one at a time, for the rank that writes it; together the ranks write all.
 """
 

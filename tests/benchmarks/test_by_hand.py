@@ -104,7 +104,9 @@ def check_result(folder, printed, compare) -> None:
             assert (row["collectives_per_step"] is None) == (one["comparison"] == "ring")
             assert "hidden" not in row or row["contestant"] in ("bucketed by hand", "torch DDP")
     if "ring" in compare:
-        assert [one["bytes"] for one in result["comparisons"] if one["comparison"] == "ring"] == by_hand_contestants.SIZES
+        assert [
+            one["bytes"] for one in result["comparisons"] if one["comparison"] == "ring"
+        ] == by_hand_contestants.SIZES
     assert printed.strip().endswith(by_hand.table(result))  # rank 0 alone prints, and prints what it keeps
     rows = [line for line in printed.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in rows}) == 1 and len(rows) == 2 + sum(ROWS[name] for name, _ in found)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from launching import ROOT, OnRanks, assert_refused
+from own_folder import own_folder
 
 SCRIPT = "deepspeed/compare_stages.py"
 ON_RANKS = OnRanks("tests/deepspeed/deepspeed_on_ranks.py")
@@ -23,7 +24,8 @@ def script():
     """deepspeed/compare_stages.py as a module; it imports no DeepSpeed before it makes a model."""
     spec = importlib.util.spec_from_file_location("compare_stages", ROOT / SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with own_folder(ROOT / SCRIPT):
+        spec.loader.exec_module(module)
     return module
 
 

@@ -9,7 +9,7 @@ import torch
 from launching import OnRanks
 from safetensors.torch import load_file
 
-SCRIPT = "deepspeed/convert_checkpoint.py"
+OWN, CONVERT = "deepspeed/own_checkpoint.py", "deepspeed/convert_checkpoint.py"
 ON_RANKS = OnRanks("tests/deepspeed/deepspeed_on_ranks.py")
 SMALL = ["--model.width", "32", "--model.ffn_width", "48", "--model.layers", "2", "--data.sequence_length", "16"]
 
@@ -32,7 +32,7 @@ def saved(group, tmp_path_factory):
         if key not in made:
             folder = tmp_path_factory.mktemp("zero") / "run"
             options = ["--stage", str(stage), "--precision", precision, "--steps", str(steps), "--output", str(folder)]
-            made[key] = folder, group(ranks)(ON_RANKS.printed, SCRIPT, ["save", *SMALL, *options])[0]
+            made[key] = folder, group(ranks)(ON_RANKS.printed, OWN, ["save", *SMALL, *options])[0]
         return made[key]
 
     return get
@@ -46,7 +46,7 @@ MATRIX = [(3, "fp32"), (2, "bf16"), pytest.param(1, "fp32", marks=SLOW), pytest.
 def test_converted_weights_are_the_gathered_ones(group, saved, tmp_path, stage, precision):
     """`save` prints a checksum over all bits of what the engine gathers, `convert` of what the shards give."""
     folder, printed = saved(stage, precision)
-    converted = group(1)(ON_RANKS.printed, SCRIPT, ["convert", str(folder), "--output", str(tmp_path / "model")])[0]
+    converted = group(1)(ON_RANKS.printed, CONVERT, ["convert", str(folder), "--output", str(tmp_path / "model")])[0]
     assert weights_of(converted) == weights_of(printed)
     assert "largest difference to this model 0.0e+00" in converted  # the same operations in transformers' Llama
     tensors = load_file(tmp_path / "model" / "model.safetensors")
@@ -57,7 +57,7 @@ def test_converted_weights_are_the_gathered_ones(group, saved, tmp_path, stage, 
 def test_a_model_that_computes_something_else_is_an_error(group, saved, tmp_path):
     """The last check of `convert`: the logits of transformers are those of this model."""
     given = ["convert", str(saved(3)[0]), "--output", str(tmp_path / "model")]
-    ((code, _),) = group(1)(ON_RANKS.ends_with_another_model, SCRIPT, given)
+    ((code, _),) = group(1)(ON_RANKS.ends_with_another_model, CONVERT, given)
     assert isinstance(code, str) and "error: transformers computes something else" in code
 
 
@@ -67,9 +67,9 @@ def test_universal_goes_on_at_another_world_size(group, saved, tmp_path, stage, 
     source, printed = saved(stage)
     folder = tmp_path / "run"
     shutil.copytree(source, folder)
-    made = group(1)(ON_RANKS.printed, SCRIPT, ["universal", str(folder)])[0]
+    made = group(1)(ON_RANKS.printed, CONVERT, ["universal", str(folder)])[0]
     assert weights_of(made) == weights_of(printed)
-    resumed = group(ranks)(ON_RANKS.printed, SCRIPT, ["resume", str(folder), "--steps", "3"])[0]
+    resumed = group(ranks)(ON_RANKS.printed, OWN, ["resume", str(folder), "--steps", "3"])[0]
     assert weights_of(resumed) == weights_of(printed)
     expected = losses(saved(stage, steps=6)[1])
     assert losses(resumed).keys() == {4, 5, 6}
@@ -94,7 +94,7 @@ def test_what_may_run_code_is_not_read(group, saved, tmp_path):
     shutil.copytree(source, folder)
     shard = next(folder.rglob("*pp_rank_1_*_optim_states.pt"))
     torch.save({"optimizer_state_dict": Foreign(witness)}, shard)
-    ((code, message),) = group(1)(ON_RANKS.ends, SCRIPT, ["convert", str(folder), "--output", str(tmp_path / "out")])
+    ((code, message),) = group(1)(ON_RANKS.ends, CONVERT, ["convert", str(folder), "--output", str(tmp_path / "out")])
     assert code == 2
     assert re.search(r"pp_rank_1_.* asks for (posix|nt)\.system", message), message
     assert not witness.exists()
@@ -142,7 +142,7 @@ def test_damage_is_one_line(group, saved, tmp_path, damage, words):
     shutil.copytree(source, folder)
     damage(folder)
     for command in (["convert", str(folder), "--output", str(tmp_path / "out")], ["universal", str(folder)]):
-        ((code, message),) = group(1)(ON_RANKS.ends, SCRIPT, command)
+        ((code, message),) = group(1)(ON_RANKS.ends, CONVERT, command)
         assert code == 2, message
         lines = [line for line in message.splitlines() if "error: " in line]
         assert len(lines) == 1, message
@@ -158,10 +158,10 @@ def test_what_a_killed_conversion_left_is_no_checkpoint(group, saved, tmp_path):
     shutil.copytree(source, folder)
     left = folder / "checkpoints" / "global_step3_universal.unfinished" / "zero" / "half"
     left.mkdir(parents=True)
-    for code, message in group(2)(ON_RANKS.ends, SCRIPT, ["resume", str(folder)]):
+    for code, message in group(2)(ON_RANKS.ends, OWN, ["resume", str(folder)]):
         assert code == 2
         assert "expected a universal checkpoint" in message
-    printed = group(1)(ON_RANKS.printed, SCRIPT, ["universal", str(folder)])[0]
+    printed = group(1)(ON_RANKS.printed, CONVERT, ["universal", str(folder)])[0]
     assert weights_of(printed) == weights_of(saved(3)[1])
     assert not left.exists()
     made = sorted(path.name for path in (folder / "checkpoints").glob("*universal*"))
@@ -171,20 +171,20 @@ def test_what_a_killed_conversion_left_is_no_checkpoint(group, saved, tmp_path):
 
 def test_one_process_converts(group, saved):
     folder, _ = saved(3)
-    for code, message in group(2)(ON_RANKS.ends, SCRIPT, ["universal", str(folder)]):
+    for code, message in group(2)(ON_RANKS.ends, CONVERT, ["universal", str(folder)]):
         assert code == 2
         assert "is a script for one process" in message
 
 
 def test_nothing_to_resume(group, saved):
     folder, _ = saved(3)
-    for code, message in group(2)(ON_RANKS.ends, SCRIPT, ["resume", str(folder)]):
+    for code, message in group(2)(ON_RANKS.ends, OWN, ["resume", str(folder)]):
         assert code == 2
         assert "expected a universal checkpoint; make it: python deepspeed/convert_checkpoint.py universal" in message
 
 
 def test_used_folder(group, saved):
     folder, _ = saved(3)
-    for code, message in group(2)(ON_RANKS.ends, SCRIPT, ["save", *SMALL, "--output", str(folder)]):
+    for code, message in group(2)(ON_RANKS.ends, OWN, ["save", *SMALL, "--output", str(folder)]):
         assert code == 2
         assert "File exists; choose a new folder" in message
