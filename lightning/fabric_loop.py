@@ -13,9 +13,10 @@ from datetime import timedelta
 
 import environment  # noqa: F401  (first: it says when lightning is missing)
 import torch
+from launch import read_launch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
-from settings import FabricConfig, arguments_and_file, read_launch
+from settings import FabricConfig, arguments_and_file
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from common.config import parse

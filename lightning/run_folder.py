@@ -3,15 +3,15 @@
 Lightning calls the hooks; the callback asks `common.run.Run` what to do, and tells Lightning.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
+from launch import Launch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from settings import Launch, LightningConfig
 
-from common.data import TokenDataset
-from common.flops import explain, flops_per_token
+from common.config import Config
 from common.optimizer import learning_rate, set_learning_rate
 from common.ranks import Ranks, fail
 from common.run import Run
@@ -23,11 +23,20 @@ STRATEGY = {"single_device": "single", "tensor_parallel": "tensor"}
 class RunFolder(Callback):
     """Keeps the run's record, and decides which step comes next: `step` is None when the training ends.
 
-    The module is asked for `model`, `loss_sum` and `grad_norm` of the step, and `validation_loss`.
+    The module is asked for `model`, `loss_sum` and `grad_norm` of the step, and for `validation`: the results by name.
+
+    Args:
+        config: the settings.
+        launch: who started how many processes.
+        strategy: the name of Lightning's strategy.
+        explain: makes the line about FLOPs from the device.
+        about: what `common.run.Run` is told of the training: units, FLOPs, fingerprint, mesh.
     """
 
-    def __init__(self, config: LightningConfig, launch: Launch, mesh: dict[str, int], train_set: TokenDataset) -> None:
-        self.config, self.launch, self.mesh, self.train_set = config, launch, mesh, train_set
+    def __init__(
+        self, config: Config, launch: Launch, strategy: str, explain: Callable[[torch.device], str], **about: Any
+    ) -> None:
+        self.config, self.launch, self.strategy, self.explain, self.about = config, launch, strategy, explain, about
         self.step: int | None = None
         self.lr = 0.0
 
@@ -40,15 +49,11 @@ class RunFolder(Callback):
         config, device = self.config, trainer.strategy.root_device
         place = trainer.global_rank, trainer.world_size, trainer.local_rank, self.launch.devices
         self.ranks = Ranks(*place, self.launch.launcher, device)
-        if config.strategy == "deepspeed":  # of which nothing can go on: an existing run is refused, not overwritten
+        if self.strategy == "deepspeed":  # of which nothing can go on: an existing run is refused, not overwritten
             config = replace(config, resume="never")
-        length = config.data.sequence_length
-        tokens, flops = config.batch.global_size * length, flops_per_token(config.model, length)
-        self.run = Run(
-            config, self.ranks, STRATEGY.get(config.strategy, config.strategy), units_per_step=tokens,
-            flops_per_unit=flops, mesh=self.mesh, fingerprint=self.train_set.fingerprint(), framework="lightning",
-        )  # fmt: skip
-        self.ranks.print(explain(config.model, length, device, config.train.precision))
+        strategy = STRATEGY.get(self.strategy, self.strategy)
+        self.run = Run(config, self.ranks, strategy, framework="lightning", **self.about)
+        self.ranks.print(self.explain(device))
         self.run.restore(module.model, trainer.optimizers[0], self.scaler(trainer))
         self.fast_forward(trainer)
         self.step = self.run.next_step()
@@ -64,6 +69,8 @@ class RunFolder(Callback):
         optimizer_steps.ready = optimizer_steps.completed = done  # this is trainer.global_step
         batches = epoch_loop.batch_progress.total
         batches.ready = batches.started = batches.processed = batches.completed = micro_batches
+        if not trainer.lr_scheduler_configs:
+            return
         trainer.lr_scheduler_configs[0].scheduler.last_epoch = done
         rate = learning_rate(done, self.config.train.steps, self.config.optimizer)
         set_learning_rate(trainer.optimizers[0], rate)
@@ -86,7 +93,7 @@ class RunFolder(Callback):
         trainer.val_check_batch = float("inf")
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        if self.config.strategy == "deepspeed":  # it clips by itself, and keeps gradients out of sight
+        if self.strategy == "deepspeed":  # it clips by itself, and keeps gradients out of sight
             module.grad_norm = torch.as_tensor(trainer.strategy.model.get_global_grad_norm())
         self.run.log(self.step, module.loss_sum, module.grad_norm, self.lr)
         if self.run.wants_evaluation(self.step):
@@ -96,12 +103,12 @@ class RunFolder(Callback):
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Record the evaluation that belongs to this step."""
-        self.run.log_validation(self.step, module.validation_loss)
+        self.run.log_validation(self.step, **module.validation)
         self.end_of_step(trainer, module)
 
     def end_of_step(self, trainer: Trainer, module: LightningModule) -> None:
         """Save if it is time to, and see which step is next; none, at the same step on all ranks, after a stop."""
-        if self.config.strategy != "deepspeed":
+        if self.strategy != "deepspeed":
             self.run.end_step(self.step, module.model, trainer.optimizers[0], self.scaler(trainer))
         elif self.step + 1 == self.config.train.steps:  # ZeRO's partitions fit DeepSpeed's own format alone
             trainer.save_checkpoint(self.run.folder / "checkpoints" / "deepspeed")
@@ -110,5 +117,5 @@ class RunFolder(Callback):
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Write curve and summary."""
         self.run.finish()
-        if self.config.strategy == "deepspeed" and not self.run.is_complete:  # else Slurm would requeue it in vain
+        if self.strategy == "deepspeed" and not self.run.is_complete:  # else Slurm would requeue it in vain
             fail("stopped, and strategy = deepspeed saves at the end alone: there is nothing to go on from")

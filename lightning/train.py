@@ -8,18 +8,21 @@ The same training as `ddp/train.py`, under each of Lightning's strategies: which
 table of what stands where. Data, loss, optimizer, run folder and checkpoints are those of the other lessons.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import environment  # noqa: F401  (first: it says when lightning is missing)
 import torch
+from batches import Batches, EvaluationBatches
+from launch import Launch, mesh_shape, read_launch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from run_folder import RunFolder
-from settings import Launch, LightningConfig, arguments_and_file, mesh_shape, read_launch
+from settings import LightningConfig, arguments_and_file
 from sharding import sharded_transformer
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.tensor import DTensor
@@ -29,27 +32,70 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from common.config import parse
 from common.data import text_datasets
-from common.data_sharding import BatchPlan, Loader, evaluation_batches
+from common.data_sharding import BatchPlan, Loader
+from common.flops import explain, flops_per_token
 from common.loss import count_valid
 from common.optimizer import build_optimizer, learning_rate, set_learning_rate
 from common.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """What the Trainer and the module do under one of Lightning's strategies."""
+
+    build: Callable[[timedelta, int, int], Strategy | str]
+    """The Trainer's argument, from the timeout and the numbers of data-parallel and tensor-parallel ranks."""
+    axis: str
+    """What run.json calls the data-parallel axis."""
+    is_sharded: bool = False
+    """The module cuts the model itself, with a precision of its own, and says when gradients travel."""
+    loss_context: Callable[[], Any] = nullcontext
+    """Around the loss, for forward and backward."""
+
+
+STRATEGIES = {
+    "single_device": Distribution(lambda timeout, dp, tp: "auto", "dp_replicate"),
+    "ddp": Distribution(
+        lambda timeout, dp, tp: DDPStrategy(timeout=timeout, gradient_as_bucket_view=True), "dp_replicate"
+    ),
+    "deepspeed": Distribution(lambda timeout, dp, tp: DeepSpeedStrategy(stage=2, timeout=timeout), "dp_shard"),
+    # FSDP is ModelParallelStrategy too: FSDPStrategy refuses CPUs, and is FSDP 1.
+    "fsdp": Distribution(
+        lambda timeout, dp, tp: ModelParallelStrategy(dp, tp, timeout=timeout), "dp_shard", is_sharded=True
+    ),
+    # The softmax is over logits of which each tensor rank has some columns.
+    "tensor_parallel": Distribution(
+        lambda timeout, dp, tp: ModelParallelStrategy(dp, tp, timeout=timeout), "dp_shard", is_sharded=True,
+        loss_context=loss_parallel,
+    ),
+}  # fmt: skip
+PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed", "fp64": "64-true"}
 
 
 @record  # torchrun then reports the rank that failed first, and why
 def main(config: LightningConfig) -> None:
     launch = read_launch(config, config.strategy)
     data_parallel, tensor_parallel = mesh_shape(config, launch)
+    distribution, timeout = STRATEGIES[config.strategy], timedelta(seconds=config.timeout_s)
     data = TextData(config, data_parallel)
-    dp = "dp_replicate" if config.strategy in ("single_device", "ddp") else "dp_shard"
-    mesh = {dp: data_parallel, "tp": tensor_parallel}
-    data.run_folder = RunFolder(config, launch, mesh, data.train_set)
+    length = config.data.sequence_length
+    data.run_folder = RunFolder(
+        config,
+        launch,
+        config.strategy,
+        explain=lambda device: explain(config.model, length, device, config.train.precision),
+        units_per_step=config.batch.global_size * length,
+        flops_per_unit=flops_per_token(config.model, length),
+        fingerprint=data.train_set.fingerprint(),
+        mesh={distribution.axis: data_parallel, "tp": tensor_parallel},
+    )
 
     trainer = Trainer(
         # ---- where
         accelerator=launch.device_type,
         devices=launch.devices,
         num_nodes=launch.nodes,
-        strategy=build_strategy(config, data_parallel, tensor_parallel),
+        strategy=distribution.build(timeout, data_parallel, tensor_parallel),
         **precision(config, launch),
         # ---- how long: one "epoch" of so many optimizer steps
         max_steps=config.train.steps,
@@ -69,26 +115,13 @@ def main(config: LightningConfig) -> None:
     data.run_folder.ranks.leave()  # a barrier, then the end of the process group, which Lightning leaves open
 
 
-def build_strategy(config: LightningConfig, data_parallel: int, tensor_parallel: int) -> Strategy | str:
-    """What Lightning distributes by. FSDP is ModelParallelStrategy too: FSDPStrategy refuses CPUs, and is FSDP 1."""
-    timeout = timedelta(seconds=config.timeout_s)
-    if config.strategy == "single_device":
-        return "auto"
-    if config.strategy == "ddp":
-        return DDPStrategy(timeout=timeout, gradient_as_bucket_view=True)
-    if config.strategy == "deepspeed":
-        return DeepSpeedStrategy(stage=2, timeout=timeout)
-    return ModelParallelStrategy(data_parallel, tensor_parallel, timeout=timeout)
-
-
 def precision(config: LightningConfig, launch: Launch) -> dict[str, Any]:
     """The Trainer's arguments for `train.precision`."""
-    if config.strategy in ("fsdp", "tensor_parallel"):
+    if STRATEGIES[config.strategy].is_sharded:
         return {"precision": "32-true"}  # it refuses fp64; `sharded_transformer` has its own policy
     if config.train.precision == "fp16" and config.strategy != "deepspeed":
         return {"plugins": [MixedPrecision("16-mixed", launch.device_type)]}  # by name it becomes bf16 on a CPU
-    names = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed", "fp64": "64-true"}
-    return {"precision": names[config.train.precision]}
+    return {"precision": PRECISION[config.train.precision]}
 
 
 class GPT(LightningModule):
@@ -97,6 +130,7 @@ class GPT(LightningModule):
     def __init__(self, config: LightningConfig, data_parallel: int, tensor_parallel: int) -> None:
         super().__init__()
         self.config, self.data_parallel, self.tensor_parallel = config, data_parallel, tensor_parallel
+        self.distribution = STRATEGIES[config.strategy]
         self.tokens_per_step = config.batch.global_size * config.data.sequence_length
         self.model: Any = None
 
@@ -104,7 +138,7 @@ class GPT(LightningModule):
         """Build the model: the group exists by now, and each rank may make its own part and no more."""
         if self.model is not None:
             return  # Lightning may call it again
-        if self.config.strategy in ("fsdp", "tensor_parallel"):
+        if self.distribution.is_sharded:
             self.model = sharded_transformer(self.config, self.device_mesh, self.device)
             return
         self.model = Transformer(self.config.model, self.config.seed)  # which Lightning moves, and wraps in DDP
@@ -128,7 +162,7 @@ class GPT(LightningModule):
         accumulation = self.trainer.accumulate_grad_batches
         if batch_idx % accumulation == 0:
             self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        if self.config.strategy in ("fsdp", "tensor_parallel"):
+        if self.distribution.is_sharded:
             # Until the last micro-batch gradients add up locally. Lightning sees to this for DDP, not for FSDP 2.
             self.model.set_requires_gradient_sync((batch_idx + 1) % accumulation == 0)
         micro_loss_sum = self.loss_of(batch)  # a sum over tokens, not a mean
@@ -139,16 +173,12 @@ class GPT(LightningModule):
 
     def loss_of(self, batch: list[torch.Tensor]) -> torch.Tensor:
         """Sum of the token losses; tokens, targets: (micro-batch, sequence) int64."""
-        with self.loss_context():
+        with self.distribution.loss_context():
             loss = self.model(*batch)
         return loss.to_local() if isinstance(loss, DTensor) else loss
 
-    def loss_context(self) -> Any:
-        """Softmax over logits of which each tensor rank has some columns; for forward and backward."""
-        return loss_parallel() if self.config.strategy == "tensor_parallel" else nullcontext()
-
     def backward(self, loss: torch.Tensor) -> None:
-        with self.loss_context():
+        with self.distribution.loss_context():
             loss.backward()
 
     def configure_gradient_clipping(
@@ -172,7 +202,7 @@ class GPT(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         loss, count = self.trainer.strategy.reduce(self.sums, reduce_op="sum").tolist()
-        self.validation_loss = loss / count
+        self.validation = {"val_loss": loss / count}
 
 
 class TextData(LightningDataModule):
@@ -186,48 +216,19 @@ class TextData(LightningDataModule):
         self.run_folder: RunFolder
 
     def setup(self, stage: str) -> None:
-        """Now the ranks are known: what Lightning would hand to a DistributedSampler is our place."""
+        """Now the ranks are known: what Lightning would hand to a DistributedSampler is our data-parallel rank."""
         rank = (self.trainer.distributed_sampler_kwargs or {"rank": 0})["rank"]
         self.plan = BatchPlan(self.config.batch, len(self.train_set), self.config.seed, rank, self.data_parallel)
+        self.device = self.trainer.strategy.root_device
 
-    def train_dataloader(self) -> "Batches":
-        return Batches(self)
+    def train_dataloader(self) -> Batches:
+        loader = Loader(self.train_set, self.plan, self.device, self.config.data.workers)
+        return Batches(loader, self.config.train.steps, self.plan.accumulation, self.run_folder)
 
-    def val_dataloader(self) -> "EvaluationBatches":
-        return EvaluationBatches(self)
-
-
-class Batches:
-    """The micro-batches of the run's steps, from where its checkpoint ended until it says stop."""
-
-    def __init__(self, data: TextData) -> None:
-        self.data = data
-
-    def __len__(self) -> int:  # with a length, Lightning asks for no batch before it needs it
-        return self.data.config.train.steps * self.data.plan.accumulation
-
-    def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        loader = Loader(
-            self.data.train_set, self.data.plan, self.data.trainer.strategy.root_device, self.data.config.data.workers
-        )
-        while (step := self.data.run_folder.step) is not None:
-            for micro_batch, _ in loader.micro_batches(step):
-                yield micro_batch
-
-
-class EvaluationBatches:
-    """This rank's part of the validation set: every sample on exactly one rank."""
-
-    def __init__(self, data: TextData) -> None:
-        self.data = data
-
-    def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        plan, device = self.data.plan, self.data.trainer.strategy.root_device
-        # A forward of a sharded model communicates: ranks with fewer samples join in with batches that do not count.
-        equal_batches = self.data.config.strategy in ("fsdp", "tensor_parallel")
-        yield from evaluation_batches(
-            self.data.validation_set, plan.micro_size, device, plan.dp_rank, plan.dp_size, equal_batches=equal_batches
-        )
+    def val_dataloader(self) -> EvaluationBatches:
+        # A forward of a sharded model communicates: all ranks need equally many batches.
+        equal_batches = STRATEGIES[self.config.strategy].is_sharded
+        return EvaluationBatches(self.validation_set, self.plan, self.device, equal_batches=equal_batches)
 
 
 if __name__ == "__main__":

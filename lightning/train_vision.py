@@ -10,27 +10,27 @@ module what to do with one, a callback what to note down. Each part says which o
 """
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
 
 import environment  # noqa: F401  (first: it says when lightning is missing)
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from batches import Batches, EvaluationBatches
+from launch import read_launch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from settings import Launch, arguments_and_file, check_devices, read_launch
+from run_folder import RunFolder
+from settings import arguments_and_file, check_devices
 from torch import nn
 from torch.distributed.elastic.multiprocessing import errors as elastic
 from torch.nn.utils import clip_grad_norm_
 
 from common.config import parse
-from common.data_sharding import BatchPlan, Loader, evaluation_batches
+from common.data_sharding import BatchPlan, Loader
 from common.flops import forward_flops
 from common.optimizer import build_optimizer, learning_rate, set_learning_rate
-from common.ranks import Ranks, fail
-from common.run import Run
+from common.ranks import fail
 from vision.images import ImageDataset, image_datasets
 from vision.networks import VisionConfig, average_statistics, build_model
 
@@ -80,7 +80,16 @@ def main(config: LightningVisionConfig) -> None:
 
     # ---- the lesson: what the Trainer is told, and from then on it does. Its own sampler, logger, progress bar and
     # checkpoints (pickles that fit no other script) stay off: here they are those of every other script.
-    record = Record(config, launch, flops)
+    record = VisionRun(
+        config,
+        launch,
+        "ddp",
+        explain=lambda _: f"{flops / 1e6:.4g} MFLOP per image: three times the forward, as torch counts it",
+        units_per_step=config.batch.global_size,
+        unit="images",
+        flops_per_unit=flops,
+        fingerprint=train_set.fingerprint(),
+    )
     data = VisionData(config, plan, train_set, validation_set, record)
     trainer = Trainer(
         accelerator=launch.device_type,
@@ -123,7 +132,7 @@ class VisionData(LightningDataModule):
         plan: BatchPlan,
         train_set: ImageDataset,
         validation_set: ImageDataset,
-        record: "Record",
+        record: "VisionRun",
     ) -> None:
         super().__init__()
         self.config, self.plan, self.record = config, plan, record
@@ -135,38 +144,11 @@ class VisionData(LightningDataModule):
         self.device = self.trainer.strategy.root_device
         self.loader = Loader(self.train_set, self.plan, self.device, self.config.data.workers)
 
-    def train_dataloader(self) -> "Batches":
-        return Batches(self)
+    def train_dataloader(self) -> Batches:
+        return Batches(self.loader, self.config.train.steps, self.plan.accumulation, self.record)
 
-    def val_dataloader(self) -> "EvaluationBatches":
-        return EvaluationBatches(self)
-
-
-class Batches:
-    """Micro-batches of the steps to do: images (micro_size, channels, height, width), labels (micro_size,) int64."""
-
-    def __init__(self, data: VisionData) -> None:
-        self.data = data
-
-    def __len__(self) -> int:  # with a length, Lightning asks for no batch before it needs it
-        return self.data.config.train.steps * self.data.plan.accumulation
-
-    def __iter__(self) -> Iterator[Any]:
-        while (step := self.data.record.step) is not None:
-            for micro_batch, _ in self.data.loader.micro_batches(step):
-                yield micro_batch
-
-
-class EvaluationBatches:
-    """This rank's part of the validation set: every image on exactly one rank."""
-
-    def __init__(self, data: VisionData) -> None:
-        self.data = data
-
-    def __iter__(self) -> Iterator[Any]:
-        plan = self.data.plan
-        place = self.data.device, plan.dp_rank, plan.dp_size, self.data.config.data.workers
-        return evaluation_batches(self.data.validation_set, plan.micro_size, *place)
+    def val_dataloader(self) -> EvaluationBatches:
+        return EvaluationBatches(self.validation_set, self.plan, self.device, self.config.data.workers)
 
 
 class VisionModule(LightningModule):
@@ -183,15 +165,18 @@ class VisionModule(LightningModule):
             scaled = self.settings.lr * config.batch.global_size / self.settings.lr_batch
             self.settings = replace(self.settings, lr=scaled)
 
-    def training_step(self, batch, batch_index: int) -> dict[str, torch.Tensor]:
+    def training_step(self, batch, batch_index: int) -> torch.Tensor:
         """The loss of one micro-batch. The Trainer does autocast, backward, no_sync and zero_grad around it."""
         images, labels = batch
+        if batch_index % self.trainer.accumulate_grad_batches == 0:
+            self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         smoothing = self.config.train.label_smoothing
         loss_sum = F.cross_entropy(self.model(images), labels, reduction="sum", label_smoothing=smoothing)
+        self.loss_sum += loss_sum.detach()
         # A sum over images, divided by the images of the *global* batch. DDP averages over the ranks where the global
         # batch wants the sum, hence the world size; the Trainer divides by the micro-batches, hence the accumulation.
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches / self.config.batch.global_size
-        return {"loss": loss_sum * scale, "loss_sum": loss_sum.detach()}
+        return loss_sum * scale
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         # Plain torch. The learning rate is a function of the step: the callback sets it, and there is no scheduler's
@@ -213,74 +198,20 @@ class VisionModule(LightningModule):
         right = (logits.argmax(dim=1) == labels).sum()
         self.sums += torch.stack([loss_sum.double(), right.double(), torch.ones_like(labels).sum().double()])
 
+    def on_validation_epoch_end(self) -> None:
+        """Sums over all ranks, then divided: ranks may have had different numbers of images."""
+        loss, right, count = self.trainer.strategy.reduce(self.sums, reduce_op="sum").tolist()
+        self.validation = {"val_loss": loss / count, "accuracy": right / count}
 
-class Record(Callback):
-    """Drives `common.run.Run` from the Trainer's hooks: learning rate, metric line, evaluation, checkpoint, stop.
 
-    It decides which step comes next: `step` is None when the training ends.
-
-    Args:
-        config: the settings.
-        launch: who started how many processes.
-        flops: forward and backward of one image.
-    """
-
-    def __init__(self, config: VisionConfig, launch: Launch, flops: float) -> None:
-        self.config, self.launch, self.flops = config, launch, flops
-        self.step: int | None = None
-
-    def on_train_start(self, trainer: Trainer, module: VisionModule) -> None:
-        """Open the run and load the checkpoint it goes on from.
-
-        Here, and no earlier: Lightning has just installed its signal handlers, which would end a stopped training
-        without a checkpoint; those of Run take their place.
-        """
-        place = (trainer.global_rank, trainer.world_size, trainer.local_rank, self.launch.devices, self.launch.launcher)
-        self.ranks = Ranks(*place, trainer.strategy.root_device)
-        images_per_step, fingerprint = self.config.batch.global_size, trainer.datamodule.train_set.fingerprint()
-        self.run = Run(
-            self.config, self.ranks, "ddp", units_per_step=images_per_step, unit="images",
-            flops_per_unit=self.flops, fingerprint=fingerprint, framework="lightning",
-        )  # fmt: skip
-        self.ranks.print(f"{self.flops / 1e6:.4g} MFLOP per image: three times the forward, as torch counts it")
-        self.run.restore(module.model, trainer.optimizers[0])
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        self.step = self.run.next_step()
+class VisionRun(RunFolder):
+    """The run folder, and what a training of images has to do before each optimizer step."""
 
     def on_before_optimizer_step(self, trainer: Trainer, module: VisionModule, optimizer) -> None:
-        """After backward, before clipping and the update."""
+        """After backward, before clipping and the update: set the rate, and make BatchNorm's statistics agree."""
         self.lr = learning_rate(self.step, self.config.train.steps, module.settings)
         set_learning_rate(optimizer, self.lr)
-
-    def on_train_batch_end(self, trainer: Trainer, module: VisionModule, outputs, batch, batch_index: int) -> None:
-        """A batch of the Trainer is a micro-batch: only after the last of a step is there something to note."""
-        # The Trainer evaluates after so many batches; our settings say after so many steps. 1: now; inf: not now.
-        trainer.val_check_batch = float("inf")
-        self.loss_sum += outputs["loss_sum"]
-        if (batch_index + 1) % trainer.accumulate_grad_batches:
-            return
         average_statistics(module.model, self.ranks)
-        self.run.log(self.step, self.loss_sum, module.grad_norm, self.lr)  # read one step late: nobody waits
-        self.loss_sum = torch.zeros_like(self.loss_sum)
-        if self.run.wants_evaluation(self.step):
-            trainer.val_check_batch = 1
-        else:
-            self.end_step(trainer, module)
-
-    def on_validation_end(self, trainer: Trainer, module: VisionModule) -> None:
-        """Sums over all ranks, then divided: ranks may have had different numbers of images."""
-        loss, right, count = trainer.strategy.reduce(module.sums, reduce_op="sum").tolist()
-        self.run.log_validation(self.step, loss / count, accuracy=right / count)
-        self.end_step(trainer, module)
-
-    def end_step(self, trainer: Trainer, module: VisionModule) -> None:
-        """Save if it is time to, and see which step is next; none, at the same step on all ranks, after a stop."""
-        self.run.end_step(self.step, module.model, trainer.optimizers[0])
-        self.step = self.run.next_step()
-
-    def on_train_end(self, trainer: Trainer, module: VisionModule) -> None:
-        """Write curve and summary."""
-        self.run.finish()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """Mistakes of a user: one line, a non-zero exit on every rank, in seconds; before Lightning misreads them."""
 
 import gc
-import importlib.util
+import importlib
 import json
 import os
 import runpy
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -59,17 +58,13 @@ def test_config_file_that_does_not_exist(group):
 
 
 @pytest.fixture
-def settings(monkeypatch):
-    """lightning/settings.py, in an environment without any launcher."""
+def launches(monkeypatch):
+    """lightning/launch.py, in an environment without any launcher."""
     for name in set(os.environ) - clean_environment().keys():
         monkeypatch.delenv(name)
     monkeypatch.setenv("DEVICE", "cpu")
-    monkeypatch.syspath_prepend(ROOT)
-    spec = importlib.util.spec_from_file_location("lightning_settings", ROOT / "lightning" / "settings.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "lightning_settings", module)  # where the types of its fields are looked up
-    spec.loader.exec_module(module)
-    return module
+    with own_folder(ROOT / "lightning" / "launch.py"):
+        yield importlib.import_module("launch")
 
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "lightning", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2"}
@@ -95,11 +90,11 @@ CHILD = {"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": 
     (TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}, None, "ddp",
      "torchrun has restarted the ranks (restart 1)"),
 ])  # fmt: skip
-def test_launcher_and_settings_contradict(settings, monkeypatch, capsys, environment, devices, strategy, words):
+def test_launcher_and_settings_contradict(launches, monkeypatch, capsys, environment, devices, strategy, words):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as ended:
-        settings.read_launch(SimpleNamespace(device="auto", devices=devices, network_profile="default"), strategy)
+        launches.read_launch(SimpleNamespace(device="auto", devices=devices, network_profile="default"), strategy)
     assert ended.value.code == 2
     assert words in capsys.readouterr().err
 
@@ -113,13 +108,13 @@ def test_launcher_and_settings_contradict(settings, monkeypatch, capsys, environ
     (TORCHRUN, None, (2, 2, "torchrun", "cpu")),
     (JOB | {"SLURM_JOB_NAME": "bash"}, 2, (2, 1, "lightning", "cpu")),  # as Lightning has it
 ])  # fmt: skip
-def test_launchers_are_understood(settings, monkeypatch, environment, devices, expected):
+def test_launchers_are_understood(launches, monkeypatch, environment, devices, expected):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     at_the_end = []
     monkeypatch.setattr("atexit.register", at_the_end.append)
     config = SimpleNamespace(device="auto", devices=devices, network_profile="default")
-    assert settings.read_launch(config, "ddp") == expected
+    assert launches.read_launch(config, "ddp") == expected
     assert gc.collect in at_the_end  # circles around the process group are freed before Python ends
 
 
@@ -131,19 +126,19 @@ def test_launchers_are_understood(settings, monkeypatch, environment, devices, e
     ({}, 1, 4, None),
     (TORCHRUN, None, 4, None),
 ])  # fmt: skip
-def test_as_many_processes_as_gpus(settings, monkeypatch, capsys, environment, devices, gpus, words):
+def test_as_many_processes_as_gpus(launches, monkeypatch, capsys, environment, devices, gpus, words):
     """With fewer tasks than GPUs under srun some would idle; elsewhere the user has chosen how many."""
     for name, value in (environment | {"DEVICE": "cuda"}).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(settings.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(settings.torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(settings.torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(launches.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(launches.torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(launches.torch.cuda, "set_device", lambda index: None)
     config = SimpleNamespace(device="auto", devices=devices, network_profile="default")
     if words is None:
-        assert settings.read_launch(config, "ddp").device_type == "cuda"
+        assert launches.read_launch(config, "ddp").device_type == "cuda"
         return
     with pytest.raises(SystemExit) as ended:
-        settings.read_launch(config, "ddp")
+        launches.read_launch(config, "ddp")
     assert ended.value.code == 2
     assert words in capsys.readouterr().err
 
@@ -155,14 +150,14 @@ def test_as_many_processes_as_gpus(settings, monkeypatch, capsys, environment, d
     (["--batch.micro_size", "3"], "batch.micro_size = 3"),
     (["--resume", "never"], None),
 ])  # fmt: skip
-def test_what_does_not_go_with_deepspeed(settings, capsys, arguments, words):
-    parsed = config.parse(settings.LightningConfig, ["--strategy", "deepspeed", *arguments])
-    launch = settings.Launch(2, 1, "torchrun", "cuda")
+def test_what_does_not_go_with_deepspeed(launches, capsys, arguments, words):
+    parsed = config.parse(launches.LightningConfig, ["--strategy", "deepspeed", *arguments])
+    launch = launches.Launch(2, 1, "torchrun", "cuda")
     if words is None:
-        assert settings.mesh_shape(parsed, launch) == (2, 1)
+        assert launches.mesh_shape(parsed, launch) == (2, 1)
         return
     with pytest.raises(SystemExit) as ended:
-        settings.mesh_shape(parsed, launch)
+        launches.mesh_shape(parsed, launch)
     assert ended.value.code == 2
     assert words in capsys.readouterr().err
 

@@ -129,9 +129,9 @@ strategy.CUDAAccelerator, strategy._validate_device_index_selection = CPUAcceler
 initialize = deepspeed.initialize
 deepspeed.initialize = lambda args, **more: initialize(args=argparse.Namespace(device_rank=-1), **more)
 sys.path.insert(0, sys.argv[1])
-import settings
-shape = settings.mesh_shape
-settings.mesh_shape = lambda config, launch: shape(config, launch._replace(device_type="cuda"))
+import launch
+shape = launch.mesh_shape
+launch.mesh_shape = lambda config, launch: shape(config, launch._replace(device_type="cuda"))
 sys.argv[:2] = [sys.argv[1] + "/train.py"]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

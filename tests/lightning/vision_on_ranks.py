@@ -38,7 +38,7 @@ def counted(arguments: list[str]) -> dict[str, int]:
     with own_folder(SCRIPT), variables({}):
         vision = load_script()
 
-        class Counting(vision.Record):
+        class Counting(vision.VisionRun):
             def on_fit_start(self, trainer, module):
                 trainer.strategy.model.register_comm_hook(None, send)
                 super().on_fit_start(trainer, module)
@@ -51,6 +51,6 @@ def counted(arguments: list[str]) -> dict[str, int]:
                 counts["images"] += len(batch[0])
                 super().on_train_batch_end(trainer, module, outputs, batch, batch_index)
 
-        vision.Record = Counting
+        vision.VisionRun = Counting
         vision.main(vision.parse(vision.LightningVisionConfig, arguments))
     return dict(counts)
