@@ -11,15 +11,14 @@ Whatever is chosen, the run is that of `ddp/single_device.py`, and its checkpoin
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from math import prod
-from typing import Literal
+from dataclasses import dataclass
 
 import context_parallel
 import fully_sharded
 import tensor_parallel
 import torch
 import torch.distributed as dist
+from combine_settings import AXIS, ByHandConfig, check_combination, recorded_mesh
 from data_parallel import BucketedDataParallel, NaiveDataParallel, OverlappedDataParallel
 from grad_norm import clip_grad_norm
 from mesh import Mesh, build_mesh, lines, make_grid
@@ -29,7 +28,7 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from whole_state import WholeTraining, held_flat_shards, held_parameters, held_pieces
 
-from common.config import Config, parse
+from common.config import parse
 from common.data import text_datasets
 from common.data_sharding import BatchPlan, Loader, evaluation_batches
 from common.flops import explain, flops_per_token
@@ -39,7 +38,6 @@ from common.ranks import Ranks, fail, join
 from common.run import Run
 from common.transformer import Transformer
 
-AXIS = {"tensor": "tp", "pipeline": "pp", "context": "cp"}  # all others: dp
 REPLICATED = {
     "naive": NaiveDataParallel,  # all-reduces after every micro-batch
     "accumulate": NaiveDataParallel,  # only after the last one
@@ -50,64 +48,7 @@ REPLICATED = {
 
 
 @dataclass
-class MeshConfig:
-    """Ranks along each axis; null: 1, or on the strategy's own axis all that the others leave."""
-
-    dp: int | None = None
-    """Data parallel."""
-    pp: int | None = None
-    """Pipeline stages (each rank has one, or several if interleaved)."""
-    cp: int | None = None
-    """Parts of each sequence."""
-    tp: int | None = None
-    """Slices of each weight."""
-
-    def sizes(self, world_size: int, own: str) -> dict[str, int]:
-        """The size of every axis. Raises ValueError: the world does not divide."""
-        given = {"dp": self.dp, "pp": self.pp, "cp": self.cp, "tp": self.tp}
-        sizes = {axis: 1 if size is None else size for axis, size in given.items()}
-        others = prod(size for axis, size in sizes.items() if axis != own)
-        if given[own] is None and others > 0:  # wrong ones are for build_mesh to find
-            if world_size % others:
-                found = f"{world_size} ranks for mesh.{own} and other axes of together {others}"
-                raise ValueError(f"{found}; expected a multiple of {others}; change mesh.*, or the number of ranks")
-            sizes[own] = world_size // others
-        return sizes
-
-
-@dataclass
-class ByHandConfig(Config):
-    """The common settings, the strategy, and what a strategy can be told."""
-
-    strategy: Literal[
-        "naive", "accumulate", "overlap", "bucket", "zero1", "zero2", "fsdp", "tensor", "pipeline", "context"
-    ] = "bucket"
-    """What to do, from this folder's files."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    bucket_bytes: int = 25 * 2**20
-    """bucket, zero1: when a bucket is full."""
-    reshard_after_forward: bool = True
-    """fsdp: free a block between its forward and its backward."""
-    sequence_parallel: bool = False
-    """mesh.tp: cut activations between the layers, too, along the sequence."""
-    schedule: Literal["afab", "1f1b", "interleaved"] = "1f1b"
-    """mesh.pp: the order of forwards and backwards."""
-    stages_per_rank: int = 1
-    """mesh.pp: 2 or more for interleaved."""
-    balanced: bool = True
-    """mesh.cp: give every rank an early and a late part of the sequence, so that causal attention is equal work."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.train.precision == "fp16" or self.train.compile:
-            found = f"train.precision = {self.train.precision}, train.compile = {self.train.compile}"
-            raise ValueError(f"{found}; expected fp32, bf16 or fp64, not compiled; ddp/train.py has fp16 and compile")
-        if self.bucket_bytes < 1:
-            raise ValueError(f"bucket_bytes = {self.bucket_bytes} cannot work; allowed: at least 1")
-
-
-@dataclass
-class Parts:
+class Strategy:
     """What the loop needs of a strategy."""
 
     whole: WholeTraining
@@ -125,8 +66,10 @@ def model_and_pipeline(config: ByHandConfig, mesh: Mesh, device: torch.device) -
     if mesh.sizes["pp"] > 1:
         rows = lines(make_grid(dist.get_world_size(), mesh.sizes), "pp")
         groups = mesh.groups["pp"], dist.new_subgroups_by_enumeration(rows)[0]  # one a direction
-        shape = config.seed, config.data.sequence_length, groups, config.schedule, config.stages_per_rank
-        pipeline = Pipeline(config.model, *shape, device=device, dtype=dtype)
+        pipeline = Pipeline(
+            config.model, config.seed, config.data.sequence_length, groups=groups,
+            schedule=config.schedule, chunks=config.stages_per_rank, device=device, dtype=dtype,
+        )  # fmt: skip
     module = pipeline.stages if pipeline else Transformer(config.model, config.seed).to(device, dtype)
     for part in pipeline.stages.values() if pipeline else [module]:
         # From the inside out: layers are replaced, then attention, and what is checkpointed contains both.
@@ -139,7 +82,7 @@ def model_and_pipeline(config: ByHandConfig, mesh: Mesh, device: torch.device) -
     return module, pipeline
 
 
-def data_parallel(config: ByHandConfig, module: nn.Module, mesh: Mesh, device: torch.device) -> Parts:
+def data_parallel(config: ByHandConfig, module: nn.Module, mesh: Mesh, device: torch.device) -> Strategy:
     """What happens to gradients, parameters and optimizer state among the ranks with different data.
 
     Context-parallel ranks see different tokens too, and hold equal weights: they are among them.
@@ -155,13 +98,13 @@ def data_parallel(config: ByHandConfig, module: nn.Module, mesh: Mesh, device: t
         fully_sharded.fully_shard(module, group, config.reshard_after_forward, low, low and torch.float32)
         optimizer = build_optimizer(module.parameters(), config.optimizer, device)
         whole = WholeTraining(module, held_flat_shards(module), optimizer, mesh)
-        return Parts(whole, optimizer, lambda: fully_sharded.finish(module))
+        return Strategy(whole, optimizer, lambda: fully_sharded.finish(module))
 
     optimizer = build_optimizer(module.parameters(), config.optimizer, device)
     if kind == "zero2":
         sharded = Zero2Optimizer(optimizer.param_groups, type(optimizer), group)
         whole = WholeTraining(module, held_pieces(module, tied, sharded), sharded.inner, mesh)
-        return Parts(whole, sharded, sharded.finish)
+        return Strategy(whole, sharded, sharded.finish)
 
     # The wrappers' hooks are on the parameters: the loop can call the module itself, and a pipeline its stages.
     options = {"bucket_bytes": config.bucket_bytes} if kind in ("bucket", "zero1") else {}
@@ -170,31 +113,9 @@ def data_parallel(config: ByHandConfig, module: nn.Module, mesh: Mesh, device: t
     if kind == "zero1":
         sharded = Zero1Optimizer(optimizer.param_groups, type(optimizer), group)
         whole = WholeTraining(module, held_pieces(module, tied, sharded), sharded.inner, mesh)
-        return Parts(whole, sharded, wrapper.finish, held_back)
+        return Strategy(whole, sharded, wrapper.finish, held_back)
     whole = WholeTraining(module, held_parameters(module, tied), optimizer, mesh)
-    return Parts(whole, optimizer, wrapper.finish, held_back)
-
-
-def check_combination(config: ByHandConfig, sizes: dict[str, int]) -> None:
-    """Raises ValueError: the parts do not work together."""
-    if sizes["pp"] > 1 and config.strategy in ("zero2", "fsdp"):
-        found = f"strategy = {config.strategy} with mesh.pp = {sizes['pp']}, where micro-batches overlap"
-        raise ValueError(f"{found}; expected one that reduces gradients once a step; use bucket or zero1")
-    if config.sequence_parallel and (sizes["pp"] > 1 or config.strategy == "fsdp"):
-        found = f"sequence_parallel with mesh.pp = {sizes['pp']} and strategy = {config.strategy}"
-        raise ValueError(f"{found}; expected neither a pipeline nor fsdp beside it; set it to false")
-    if config.sequence_parallel and sizes["tp"] == 1:
-        raise ValueError("sequence_parallel with mesh.tp = 1; expected tensor parallelism under it; set mesh.tp")
-    if config.stages_per_rank > 1 and sizes["pp"] == 1:
-        raise ValueError(
-            f"stages_per_rank = {config.stages_per_rank} with mesh.pp = 1; expected a pipeline; set mesh.pp"
-        )
-
-
-def recorded_mesh(strategy: str, sizes: dict[str, int]) -> dict[str, int]:
-    """The mesh as run.json has it: `dp` is there `dp_shard` when the strategy shards anything, else `dp_replicate`."""
-    dp = "dp_shard" if strategy in ("zero1", "zero2", "fsdp") else "dp_replicate"
-    return {dp if axis == "dp" else axis: size for axis, size in sizes.items()}
+    return Strategy(whole, optimizer, wrapper.finish, held_back)
 
 
 @record
@@ -208,17 +129,17 @@ def main(config: ByHandConfig) -> None:
         mesh = build_mesh(**sizes)
         module, pipeline = model_and_pipeline(config, mesh, ranks.device)
         if sizes["cp"] > 1:
-            mine = context_parallel.positions(config.data.sequence_length, mesh.groups["cp"], config.balanced)
+            positions = context_parallel.positions(config.data.sequence_length, mesh.groups["cp"], config.balanced)
         else:
-            mine = torch.arange(config.data.sequence_length)
-        parts = data_parallel(config, module, mesh, ranks.device)
+            positions = torch.arange(config.data.sequence_length)
+        strategy = data_parallel(config, module, mesh, ranks.device)
     except ValueError as error:
         fail(str(error))
-    optimizer, whole, mine = parts.optimizer, parts.whole, mine.to(ranks.device)
+    optimizer, whole, positions = strategy.optimizer, strategy.whole, positions.to(ranks.device)
 
     # ---- data: ranks that differ only in pp, cp or tp work on the same samples
     train_set, validation_set = text_datasets(config.data, config.model.vocabulary)
-    plan = BatchPlan(config.batch, len(train_set), config.seed, mesh.coordinates["dp"], sizes["dp"])
+    plan = BatchPlan(config.batch, len(train_set), config.seed, dp_rank=mesh.coordinates["dp"], dp_size=sizes["dp"])
     loader = Loader(train_set, plan, ranks.device, config.data.workers)
     tokens_per_step = config.batch.global_size * config.data.sequence_length
     low_precision = config.train.precision == "bf16" and config.strategy != "fsdp"  # which casts by itself
@@ -242,19 +163,19 @@ def main(config: ByHandConfig) -> None:
         lr = learning_rate(step, config.train.steps, config.optimizer)
         set_learning_rate(optimizer, lr)
         loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        batches = [([part[:, mine] for part in batch], last) for batch, last in loader.micro_batches(step)]
+        batches = [([part[:, positions] for part in batch], last) for batch, last in loader.micro_batches(step)]
         if pipeline:
             pipeline.recording = step + 1 == config.train.steps
-            with parts.held_back(), autocast:
+            with strategy.held_back(), autocast:
                 loss_sum += pipeline.step([batch for batch, _ in batches], scale)
-            parts.finish()  # its backwards are done: nothing is left to overlap with
+            strategy.finish()  # its backwards are done: nothing is left to overlap with
         else:
             for (tokens, targets), is_last in batches:
-                with nullcontext() if is_last else parts.held_back():
+                with nullcontext() if is_last else strategy.held_back():
                     with autocast:
                         micro_loss_sum = module(tokens, targets)
                     (micro_loss_sum * scale).backward()
-                    parts.finish()
+                    strategy.finish()
                 loss_sum += micro_loss_sum.detach()
         if isinstance(optimizer, Zero1Optimizer):
             optimizer.take_gradients()
@@ -267,7 +188,7 @@ def main(config: ByHandConfig) -> None:
         if run.wants_evaluation(step):
             forward = pipeline.evaluate if pipeline else module
             with autocast:
-                run.log_validation(step, evaluate(forward, validation_set, plan, mesh, mine, ranks))
+                run.log_validation(step, evaluate(forward, validation_set, plan, mesh, positions, ranks))
         run.end_step(step, whole, whole.optimizer)
     run.finish()
     if pipeline and pipeline.events and not any(mesh.coordinates[axis] for axis in ("dp", "cp", "tp")):
@@ -276,13 +197,15 @@ def main(config: ByHandConfig) -> None:
 
 
 @torch.no_grad()
-def evaluate(forward: Callable, dataset, plan: BatchPlan, mesh: Mesh, mine: torch.Tensor, ranks: Ranks) -> float:
+def evaluate(forward: Callable, dataset, plan: BatchPlan, mesh: Mesh, positions: torch.Tensor, ranks: Ranks) -> float:
     """Mean loss per token over the validation set: the sum of all losses divided by the count of all tokens."""
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, tokens
     # Equally many batches for all, because a forward may communicate.
-    place = mesh.coordinates["dp"], mesh.sizes["dp"]
-    for tokens, targets in evaluation_batches(dataset, plan.micro_size, ranks.device, *place, equal_batches=True):
-        tokens, targets = tokens[:, mine], targets[:, mine]
+    batches = evaluation_batches(
+        dataset, plan.micro_size, ranks.device, dp_rank=plan.dp_rank, dp_size=plan.dp_size, equal_batches=True
+    )
+    for tokens, targets in batches:
+        tokens, targets = tokens[:, positions], targets[:, positions]
         is_last_stage = mesh.coordinates["pp"] == mesh.sizes["pp"] - 1
         sums += torch.stack([forward(tokens, targets).double(), count_valid(targets) * is_last_stage])
     dist.all_reduce(sums)  # over all ranks: tensor-parallel ones count each token as often as its loss

@@ -1,9 +1,9 @@
 """What a rank holds, and how it is part of the whole: for checkpoints that any strategy can go on from.
 
 A rank holds parameters of a shard, slice or stage, and optimizer state of the same shape. Each is described by one
-`Held`: the names that its numbers have in the plain model. To save, every tensor is put together again, on the CPU of
-every rank; to load, each rank takes its part. That needs the memory of the whole model on each host: right for reading
-and for small models. Frameworks write shards instead, and reshard when they load.
+`HeldTensor`: the names that its numbers have in the plain model. To save, every tensor is put together again, on the
+CPU of every rank; to load, each rank takes its part. That needs the memory of the whole model on each host: right for
+reading and for small models. Frameworks write shards instead, and reshard when they load.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 
 
 @dataclass
-class Held:
+class HeldTensor:
     """One tensor that this rank's optimizer steps, and the parameters of the plain model that lie in it, end to end."""
 
     tensor: nn.Parameter
@@ -40,19 +40,19 @@ def plain_name(name: str, tied: bool) -> str:
     return "embedding.weight" if tied and name == "head.weight" else name
 
 
-def held_parameters(module: nn.Module, tied: bool) -> list[Held]:
+def held_parameters(module: nn.Module, tied: bool) -> list[HeldTensor]:
     """Parameters as they are: data, tensor, pipeline and context parallelism."""
-    return [Held(p, [plain_name(name, tied)], [p.shape]) for name, p in module.named_parameters()]
+    return [HeldTensor(p, [plain_name(name, tied)], [p.shape]) for name, p in module.named_parameters()]
 
 
-def held_pieces(module: nn.Module, tied: bool, optimizer: Zero1Optimizer) -> list[Held]:
+def held_pieces(module: nn.Module, tied: bool, optimizer: Zero1Optimizer) -> list[HeldTensor]:
     """ZeRO-1 and 2."""
     names = {p: plain_name(name, tied) for name, p in module.named_parameters()}
     pairs = zip(optimizer.whole, optimizer.shards, strict=True)
-    return [Held(shard, [names[p]], [p.shape], optimizer.group, p) for p, shard in pairs]
+    return [HeldTensor(shard, [names[p]], [p.shape], optimizer.group, p) for p, shard in pairs]
 
 
-def held_flat_shards(module: nn.Module) -> list[Held]:
+def held_flat_shards(module: nn.Module) -> list[HeldTensor]:
     """FSDP: every unit's flat shards."""
     path = {inner: name for name, inner in module.named_modules()}
 
@@ -60,7 +60,7 @@ def held_flat_shards(module: nn.Module) -> list[Held]:
         return [f"{path[places[0][0]]}.{places[0][1]}".lstrip(".") for places in flat.places]
 
     flats = [flat for unit in module.fully_sharded_unit.line.units for flat in unit.flats]
-    return [Held(flat.shard, names(flat), flat.shapes, flat.group) for flat in flats]
+    return [HeldTensor(flat.shard, names(flat), flat.shapes, flat.group) for flat in flats]
 
 
 class WholeTraining:
@@ -72,10 +72,10 @@ class WholeTraining:
         optimizer: torch's, over the held tensors (of ZeRO the inner one).
     """
 
-    def __init__(self, module: nn.Module, held: list[Held], optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
+    def __init__(self, module: nn.Module, held: list[HeldTensor], optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
         self.module, self.held, self.optimizer, self.mesh = module, held, optimizer, mesh
 
-    def copies(self, held: Held) -> int:
+    def copies(self, held: HeldTensor) -> int:
         """How many ranks of the world hold the same numbers: replicas, tensor ranks for a norm, 2 for a tied weight."""
         replicas = 1 if held.pieces_of else self.mesh.groups["dp_cp"].size()
         sizes, is_slice = self.mesh.sizes, tensor_parallel.sharded_dimension(held.names[0]) is not None
@@ -85,9 +85,9 @@ class WholeTraining:
     def names_of_stages(self) -> list[set[str]]:
         """The parameters of each pipeline rank; asked for once."""
         if not hasattr(self, "_names_of_stages"):
-            mine, group = {name for held in self.held for name in held.names}, self.mesh.groups["pp"]
+            own_names, group = {name for held in self.held for name in held.names}, self.mesh.groups["pp"]
             self._names_of_stages: list[Any] = [None] * group.size()
-            dist.all_gather_object(self._names_of_stages, mine, group=group)
+            dist.all_gather_object(self._names_of_stages, own_names, group=group)
         return self._names_of_stages
 
     @torch.no_grad()
@@ -127,7 +127,7 @@ class WholeTraining:
                 saved = {name: of_parameters[name][key] for name in held.names}
                 entry.copy_(self._part(held, saved) if entry.shape == held.tensor.shape else saved[held.names[0]])
 
-    def _join(self, held: Held, tensor: Any) -> dict[str, Any]:
+    def _join(self, held: HeldTensor, tensor: Any) -> dict[str, Any]:
         """From what is like `held.tensor`, the whole of each parameter in it; of AdamW's step counter, copies."""
         if tensor.shape != held.tensor.shape:
             return {name: tensor.cpu().clone() for name in held.names}
@@ -141,20 +141,20 @@ class WholeTraining:
         slices = (part.view(shape) for part, shape in zip(slices, held.shapes, strict=True))
         return dict(zip(held.names, self._uncut(held, slices), strict=True))
 
-    def _uncut(self, held: Held, slices: Iterable[Tensor]) -> Iterator[Tensor]:
+    def _uncut(self, held: HeldTensor, slices: Iterable[Tensor]) -> Iterator[Tensor]:
         for name, part in zip(held.names, slices, strict=True):
             dim = tensor_parallel.sharded_dimension(name)
             if self.mesh.sizes["tp"] > 1 and dim is not None:
                 part = tensor_parallel.all_gather(part, dim, self.mesh.groups["tp"])
             yield part.cpu().clone()  # not a view: it would keep the flat tensor with it
 
-    def _slices(self, held: Held, whole: dict[str, Tensor]) -> list[Tensor]:
+    def _slices(self, held: HeldTensor, whole: dict[str, Tensor]) -> list[Tensor]:
         """This rank's slices of the parameters in `held`, for tensor parallelism."""
         named = [(whole[name], tensor_parallel.sharded_dimension(name)) for name in held.names]
         tp = self.mesh.groups["tp"]
         return [tensor if dim is None else tensor_parallel.cut(tensor, dim, tp) for tensor, dim in named]
 
-    def _part(self, held: Held, whole: dict[str, Tensor]) -> Tensor:
+    def _part(self, held: HeldTensor, whole: dict[str, Tensor]) -> Tensor:
         flat = torch.cat([part.flatten() for part in self._slices(held, whole)])
         return (piece_of(flat, held.pieces_of) if held.pieces_of else flat).view_as(held.tensor)
 
