@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from finetune_settings import commit
-from settings import keep_norm
+from settings import record_grad_norm
 
 from common.ranks import Ranks
 from common.run import Run
@@ -22,7 +22,7 @@ class RunCallback(transformers.TrainerCallback):
     def on_train_begin(self, args, state, control, **more) -> None:
         self.run.next_step()
         if self.trainer.deepspeed:
-            keep_norm(self.trainer.deepspeed)  # stage 0 forgets the gradient norm
+            record_grad_norm(self.trainer.deepspeed)  # stage 0 forgets the gradient norm
 
     def on_log(self, args, state, control, logs, **more) -> None:
         """Record a step. Trainer reports a mean loss over ranks; `run` adds up the ranks and divides by the samples."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from settings import take_place
+from settings import export_local_rank
 from torch import nn
 
 from common.manifest import checksum
@@ -87,7 +87,7 @@ def tell_accelerate(ranks: Ranks, with_deepspeed: bool) -> None:
     """
     os.environ["ACCELERATE_TORCH_DEVICE"] = str(ranks.device)
     if ranks.world_size > 1 or with_deepspeed:
-        take_place(ranks)
+        export_local_rank(ranks)
     if with_deepspeed:
         for name, value in {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size}.items():
             os.environ.setdefault(name, str(value))  # under plain python there are none

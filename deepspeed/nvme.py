@@ -28,7 +28,7 @@ def main() -> None:
     print(f"async_io: ready in {folder()} after {time.perf_counter() - start:.1f} s")
 
 
-def why_not_nvme(ranks: Ranks) -> str:
+def nvme_problem(ranks: Ranks) -> str:
     """What is missing for off-load to NVMe, in one line; empty if nothing is. Collective.
 
     One rank looks: ranks that tried the lock at the same time would see each other.

@@ -19,7 +19,7 @@ from environment import deepspeed
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
-from nvme import why_not_nvme
+from nvme import nvme_problem
 from pydantic import ValidationError
 from torch.nn.utils import clip_grad_norm_
 
@@ -54,12 +54,12 @@ class DeepSpeedConfig(Config):
 
 
 def start_deepspeed(ranks: Ranks) -> None:
-    """Call it right after `join`: DeepSpeed takes this rank's place, and the process group that is there."""
-    take_place(ranks)
+    """Call it right after `join`: DeepSpeed takes this rank's device, and the process group that is there."""
+    export_local_rank(ranks)
     deepspeed.init_distributed(verbose=False)
 
 
-def take_place(ranks: Ranks) -> None:
+def export_local_rank(ranks: Ranks) -> None:
     """Tell DeepSpeed this rank's device: it takes LOCAL_RANK for the number of the GPU, also where a task sees its own
     GPU alone, and ends with a KeyError where plain python has set none."""
     device, chosen = ranks.device.type, deepspeed.accelerator.get_accelerator().device_name()
@@ -91,7 +91,7 @@ def engine_config(config: DeepSpeedConfig, plan: BatchPlan, ranks: Ranks) -> dic
     if precision == "fp16" and ranks.device.type == "cpu":
         fail("train.precision = fp16: DeepSpeed has no fp16 on the CPU; use bf16 or fp32 there")
     on_disk = [what for what in ("optimizer", "param") if off_load(settings, what) == "nvme"]
-    if on_disk and (reason := why_not_nvme(ranks)):
+    if on_disk and (reason := nvme_problem(ranks)):
         fail(f"{path}: {reason}")
     from_here = {
         "train_batch_size": plan.batch.global_size,
@@ -168,7 +168,7 @@ def off_load(settings: dict[str, Any], what: str) -> str:
     return (settings.get("zero_optimization", {}).get(f"offload_{what}") or {}).get("device", "none")
 
 
-def or_compiled(optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> torch.optim.Optimizer:
+def cpu_adam_if_offloaded(optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> torch.optim.Optimizer:
     """The optimizer as it is; or DeepSpeed's own for the CPU, if its state is off-loaded and the file insists on it.
 
     DeepSpeed insists unless the file says `"zero_force_ds_cpu_optimizer": false`. Its AdamW is compiled at first use.
@@ -203,7 +203,7 @@ def open_swap_folder(parent: str, ranks: Ranks) -> Path:
     return folder
 
 
-def keep_norm(engine: Any) -> None:
+def record_grad_norm(engine: Any) -> None:
     """Make stage 0 remember the gradient norm: in fp32 it clips, and forgets what the norm was."""
 
     def clip() -> None:

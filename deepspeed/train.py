@@ -11,7 +11,7 @@ DeepSpeed's, and the engine counts the micro-batches: it reduces, clips, steps a
 import torch
 import torch.distributed as dist
 from environment import deepspeed
-from settings import DeepSpeedConfig, describe, engine_config, keep_norm, or_compiled, start_deepspeed
+from settings import DeepSpeedConfig, cpu_adam_if_offloaded, describe, engine_config, record_grad_norm, start_deepspeed
 from torch.distributed.elastic.multiprocessing.errors import record
 from zero_state import checkpointable
 
@@ -50,9 +50,9 @@ def main(config: DeepSpeedConfig) -> None:
 
     # ---- the lesson: the engine takes model and optimizer. What it does with them stands in the JSON file: nothing
     # is cut up in stage 0; the optimizer's state in 1, gradients too in 2, parameters too in 3.
-    optimizer = or_compiled(build_optimizer(model.parameters(), config.optimizer, ranks.device), settings)
+    optimizer = cpu_adam_if_offloaded(build_optimizer(model.parameters(), config.optimizer, ranks.device), settings)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    keep_norm(engine)
+    record_grad_norm(engine)
     state = checkpointable(engine, optimizer)
 
     run = Run(config, ranks, f"zero{stage}", units_per_step=tokens_per_step, fingerprint=train_set.fingerprint(),

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from environment import deepspeed
-from nvme import why_not_nvme
+from nvme import nvme_problem
 from offload_meter import HeldBytes, measure, storages
 from settings import open_swap_folder, start_deepspeed
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -70,7 +70,7 @@ def main(config: OffloadConfig) -> None:
     ranks = join(config.device)
     start_deepspeed(ranks)  # takes the process group that is there
     names = list(CASES) if config.case == "all" else [config.case]
-    if "zero3_nvme" in names and (reason := why_not_nvme(ranks)):
+    if "zero3_nvme" in names and (reason := nvme_problem(ranks)):
         if config.case == "zero3_nvme":
             fail(reason)
         names.remove("zero3_nvme")

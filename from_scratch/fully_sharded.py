@@ -8,7 +8,7 @@ a transformer block, is gathered and freed as one:
 
     for block in model.blocks.values():
         fully_shard(block)
-    fully_shard(model)                        # last: embedding, norm and head; links the units into a line
+    fully_shard(model)                        # last: embedding, norm and head; puts the units in order
     optimizer = torch.optim.AdamW(model.parameters())                  # of shards: elementwise optimizers only
     loss(model, micro_batch).backward(); finish(model)                 # after every backward
     clip_sharded_grad_norm_(model.parameters(), 1.0, group); optimizer.step()
@@ -92,11 +92,11 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[None, None]:
         ctx.flat.free()
-        ctx.flat.unit.line.reduce(ctx.flat, gradient)
+        ctx.flat.unit.order.reduce(ctx.flat, gradient)
         return None, None  # added to the shard's .grad when the message has arrived
 
 
-class Line:
+class UnitOrder:
     """The units of a model in their order of use, which tells what to fetch ahead, and the message under way."""
 
     def __init__(self, units: list["Unit"]) -> None:
@@ -125,7 +125,7 @@ class Unit:
         self.module, self.group, self.reshard_after_forward = module, group, reshard
         self.compute_dtype, self.reduce_dtype = compute, reduce
         self.in_backward = False
-        self.line = Line([self])
+        self.order = UnitOrder([self])
         self.flats: list[FlatShard] = []
         kinds: dict[tuple, dict[nn.Parameter, list[tuple[nn.Module, str]]]] = {}
         for inner in module.modules():
@@ -167,7 +167,7 @@ class Unit:
         for tensor in args:  # its gradient is complete when this unit's backward is done
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(self._free_frozen)
-        later = self.line.units[self.line.units.index(self) + 1 :]
+        later = self.order.units[self.order.units.index(self) + 1 :]
         if later and not self.in_backward:  # in backward this is activation checkpointing computing again
             later[0].start_gathering()
         if self.compute_dtype is None:
@@ -193,8 +193,8 @@ class Unit:
         self.in_backward = True
         for flat in self.flats:
             flat.gather()
-        # The line is run backwards, but begins with the root, whose output is the model's: before it comes units[-1].
-        earlier = self.line.units[self.line.units.index(self) - 1]
+        # Backward takes the reverse order, but begins with the root, whose output is the model's; then comes units[-1].
+        earlier = self.order.units[self.order.units.index(self) - 1]
         if not earlier.in_backward:  # else it has been gathered already, and perhaps freed in part
             earlier.start_gathering()
 
@@ -229,24 +229,24 @@ def fully_shard(
         dist.broadcast(buffer, group=group or dist.group.WORLD, group_src=0)
     unit = Unit(module, group or dist.group.WORLD, reshard_after_forward, compute_dtype, reduce_dtype)
     module.fully_sharded_unit = unit
-    unit.line.units += inner  # in the order of registration; where use differs, a fetch is in vain, but never wrong
+    unit.order.units += inner  # in the order of registration; where use differs, a fetch is useless, but never wrong
     for each in inner:
-        each.line = unit.line
+        each.order = unit.order
     return module
 
 
 def finish(model: nn.Module) -> None:
     """After every backward: returns when all gradients have arrived, and frees what is still whole."""
-    line = model.fully_sharded_unit.line
-    line.settle()
-    for unit in line.units:
+    order = model.fully_sharded_unit.order
+    order.settle()
+    for unit in order.units:
         unit.in_backward = False
         unit.free()
 
 
 def bytes_held(model: nn.Module) -> dict[str, int]:
     """Bytes on this rank now: of shards, of their gradients, and of what is gathered."""
-    flats = [flat for unit in model.fully_sharded_unit.line.units for flat in unit.flats]
+    flats = [flat for unit in model.fully_sharded_unit.order.units for flat in unit.flats]
     return {
         "shards": sum(flat.shard.nbytes for flat in flats),
         "gradients": sum(flat.shard.grad.nbytes for flat in flats if flat.shard.grad is not None),
@@ -261,7 +261,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     In the precision of the shards, not of the computation; one unit at a time.
     """
     names, state = {module: name for name, module in model.named_modules()}, dict(model.named_buffers())
-    for unit in model.fully_sharded_unit.line.units:
+    for unit in model.fully_sharded_unit.order.units:
         for flat in unit.flats:
             whole = flat.shard.new_empty(flat.whole.numel())
             all_gather(whole, flat.shard.detach().flatten(), group=flat.group)
@@ -277,7 +277,7 @@ def load_full_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     names = {module: name for name, module in model.named_modules()}
     for name, buffer in model.named_buffers():
         buffer.copy_(state[name])
-    for unit in model.fully_sharded_unit.line.units:
+    for unit in model.fully_sharded_unit.order.units:
         for flat in unit.flats:
             first_places = (places[0] for places in flat.places)
             wholes = [state[f"{names[inner]}.{name}".lstrip(".")].flatten() for inner, name in first_places]

@@ -59,7 +59,7 @@ def held_flat_shards(module: nn.Module) -> list[HeldTensor]:
     def names(flat: FlatShard) -> list[str]:
         return [f"{path[places[0][0]]}.{places[0][1]}".lstrip(".") for places in flat.places]
 
-    flats = [flat for unit in module.fully_sharded_unit.line.units for flat in unit.flats]
+    flats = [flat for unit in module.fully_sharded_unit.order.units for flat in unit.flats]
     return [HeldTensor(flat.shard, names(flat), flat.shapes, flat.group) for flat in flats]
 
 

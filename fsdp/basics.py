@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from memory_meter import IN_TRANSIT, QUANTITIES, Collectives, Held, Meter
+from memory_meter import IN_TRANSIT, QUANTITIES, Collectives, HeldBytes, Meter
 from settings import FsdpConfig, ShardedConfig, describe, mesh_shape
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -136,7 +136,7 @@ def one_step(settings: ShardedConfig, ranks: Ranks) -> tuple[Meter, Transformer]
     return meter, model
 
 
-def predict(model: Transformer, reshard: bool, copies: int, ranks: Ranks) -> tuple[dict[str, Held], Counter[str]]:
+def predict(model: Transformer, reshard: bool, copies: int, ranks: Ranks) -> tuple[dict[str, HeldBytes], Counter[str]]:
     """The formula: bytes by moment and quantity on this rank (in transit excepted), and collectives of a step."""
     n = ranks.world_size // copies
     blocks = [list(block.parameters()) for block in model.blocks.values()]
@@ -160,7 +160,7 @@ def predict(model: Transformer, reshard: bool, copies: int, ranks: Ranks) -> tup
     last = len(blocks) - 1
     names = list(model.blocks)
 
-    def held(whole_parameters: int, gradient_shards: int, whole_gradients: int, state: int = 2 * mine) -> Held:
+    def held(whole_parameters: int, gradient_shards: int, whole_gradients: int, state: int = 2 * mine) -> HeldBytes:
         values = shard(everything), whole_parameters, gradient_shards, whole_gradients, state
         return dict(zip(QUANTITIES, values, strict=True))
 
@@ -192,7 +192,7 @@ def rounded_up(parameter: DTensor, n: int) -> int:
     return -(-rows // n) * math.prod(rest) * parameter.element_size()
 
 
-def print_table(held: dict[str, dict[str, Held]], ranks: Ranks) -> None:
+def print_table(held: dict[str, dict[str, HeldBytes]], ranks: Ranks) -> None:
     """Rows are moments; a quantity that is the same in both strategies has one column."""
     columns = []
     for quantity in (*QUANTITIES, IN_TRANSIT):

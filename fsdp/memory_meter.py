@@ -19,7 +19,7 @@ COLLECTIVES = {
     "c10d::allreduce_": ("all-reduces", None),
 }
 
-Held = dict[str, int]  # quantity -> bytes
+HeldBytes = dict[str, int]  # quantity -> bytes
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -61,7 +61,7 @@ class Meter:
         self.collectives = Collectives()
         self.whole: set[torch.nn.Parameter] = set()  # as the units show them while they are gathered
         self.hooked: set[torch.nn.Parameter] = set()
-        self.moments: dict[str, Held] = {}
+        self.moments: dict[str, HeldBytes] = {}
         self.is_on = False
         numbers = list(model.blocks)
         self.watched = {model.blocks[n]: n for n in (numbers[0], numbers[-1])}

@@ -44,8 +44,8 @@ def main(config: FabricConfig) -> None:
     where = {"accelerator": launch.device_type, "devices": launch.devices, "num_nodes": launch.nodes}
     fabric = Fabric(strategy=strategy, precision=PRECISION[config.train.precision], **where)
     fabric.launch()
-    place = fabric.global_rank, fabric.world_size, fabric.local_rank, launch.devices
-    ranks = Ranks(*place, launch.launcher, fabric.device)
+    local_rank, local_world_size = fabric.local_rank, launch.devices
+    ranks = Ranks(fabric.global_rank, fabric.world_size, local_rank, local_world_size, launch.launcher, fabric.device)
 
     # ---- data: the batch of step N is a pure function of the seed and N
     train_set, validation_set = text_datasets(config.data, config.model.vocabulary)

@@ -52,10 +52,10 @@ def read_launch(config: Any, strategy: str) -> Launch:
     if {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT"} <= env.keys() and "RANK" not in env:
         # One of those that the first process has started: Lightning's launcher names the local rank alone.
         size, local_rank = int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
-        place, launcher, nodes = LaunchInfo(local_rank, size, local_rank, size, "lightning"), "lightning", 1
+        info, launcher, nodes = LaunchInfo(local_rank, size, local_rank, size, "lightning"), "lightning", 1
     else:
-        place = read_environment()
-        launcher, nodes = place.launcher, place.world_size // place.local_world_size
+        info = read_environment()
+        launcher, nodes = info.launcher, info.world_size // info.local_world_size
         if launcher == "python":
             launcher = "lightning"
             # Lightning takes any process with SLURM_NTASKS for a task of an srun step (but for these job names).
@@ -66,19 +66,19 @@ def read_launch(config: Any, strategy: str) -> Launch:
                     fail(f"{found}, which Lightning takes for one of its tasks; write srun before python, or torchrun")
                 launcher = "srun"
         if launcher == "srun":
-            _check_srun(place)
+            _check_srun(info)
         elif launcher not in ("torchrun", "lightning"):
             fail(f"started by {launcher}; expected torchrun, srun with one task a device, or plain python (devices=N)")
 
-    devices = place.local_world_size
-    if launcher == "lightning" and place.world_size == 1:
-        gpus = torch.cuda.device_count() if choose_device(config.device, place).type == "cuda" else 0
+    devices = info.local_world_size
+    if launcher == "lightning" and info.world_size == 1:
+        gpus = torch.cuda.device_count() if choose_device(config.device, info).type == "cuda" else 0
         devices = config.devices or (1 if strategy == "single_device" else max(1, gpus))
     elif config.devices not in (None, devices):
         how = {"srun": "--ntasks-per-node", "torchrun": "--nproc-per-node"}.get(launcher, "--devices")
         found = f"devices = {config.devices}, but {launcher} started {devices} process(es) on each node"
         fail(f"{found}; make {how} equal to devices, or leave devices out")
-    device = choose_device(config.device, place)
+    device = choose_device(config.device, info)
     if device.type == "cuda":
         gpus = torch.cuda.device_count()
         found = f"{devices} process(es) on this node, and each sees {gpus} GPU(s)"
@@ -98,17 +98,17 @@ def read_launch(config: Any, strategy: str) -> Launch:
     return launch
 
 
-def _check_srun(place: LaunchInfo) -> None:
+def _check_srun(info: LaunchInfo) -> None:
     """SystemExit, in one line: Lightning would misread this srun step, or raise."""
     env = os.environ
     if env.get("SLURM_JOB_NAME") in ("bash", "interactive"):
         name = env["SLURM_JOB_NAME"]
         fail(f"in a job named {name} Lightning does not look for srun's tasks; name the job otherwise, or use torchrun")
     per_node = env.get("SLURM_NTASKS_PER_NODE")
-    if per_node is None and place.world_size > 1:
-        fail(f"srun started {place.world_size} tasks by --ntasks; Lightning wants --ntasks-per-node=N, one a device")
-    if per_node is not None and int(per_node) != place.local_world_size:
-        found = f"--ntasks-per-node={per_node}, but this step has {place.local_world_size} task(s) on a node"
+    if per_node is None and info.world_size > 1:
+        fail(f"srun started {info.world_size} tasks by --ntasks; Lightning wants --ntasks-per-node=N, one a device")
+    if per_node is not None and int(per_node) != info.local_world_size:
+        found = f"--ntasks-per-node={per_node}, but this step has {info.local_world_size} task(s) on a node"
         fail(f"{found}; give srun the job's own --ntasks-per-node, one a device")
 
 

@@ -47,8 +47,10 @@ class RunFolder(Callback):
         without a checkpoint; those of Run take their place.
         """
         config, device = self.config, trainer.strategy.root_device
-        place = trainer.global_rank, trainer.world_size, trainer.local_rank, self.launch.devices
-        self.ranks = Ranks(*place, self.launch.launcher, device)
+        self.ranks = Ranks(
+            rank=trainer.global_rank, world_size=trainer.world_size, local_rank=trainer.local_rank,
+            local_world_size=self.launch.devices, launcher=self.launch.launcher, device=device,
+        )  # fmt: skip
         if self.strategy == "deepspeed":  # of which nothing can go on: an existing run is refused, not overwritten
             config = replace(config, resume="never")
         strategy = STRATEGY.get(self.strategy, self.strategy)

@@ -281,7 +281,7 @@ def step_of_units(reshard: bool, accumulation: int, options: dict) -> dict:
             note("backward ends")
             fs.finish(model)
     note("after")
-    units = [[flat.sizes for flat in unit.flats] for unit in model.fully_sharded_unit.line.units]
+    units = [[flat.sizes for flat in unit.flats] for unit in model.fully_sharded_unit.order.units]
     return {"events": events, "held": held, "units": units}
 
 
