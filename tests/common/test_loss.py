@@ -10,9 +10,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-from common.loss import chunked_cross_entropy, count_valid
+from common.loss import checkpointed_cross_entropy, chunked_cross_entropy, count_valid
 
+BOTH = pytest.mark.parametrize("function", [chunked_cross_entropy, checkpointed_cross_entropy])
 BATCH, SEQUENCE, WIDTH, VOCABULARY = 3, 7, 10, 13  # 21 tokens: chunks of 4, 5 and 20 are ragged
 
 
@@ -36,9 +38,10 @@ def reference(targets):
     return function
 
 
+@BOTH
 @pytest.mark.parametrize("ignored", ["none", "some", "a whole chunk", "all"])
 @pytest.mark.parametrize("chunk_size", [1, 4, 5, 7, 20, 21, 1000])
-def test_equals_cross_entropy(chunk_size, ignored):
+def test_equals_cross_entropy(function, chunk_size, ignored):
     hidden, weight, targets = make_inputs()
     targets = targets.clone()
     if ignored == "some":
@@ -47,7 +50,7 @@ def test_equals_cross_entropy(chunk_size, ignored):
         targets[0] = -100
     elif ignored == "all":
         targets[:] = -100
-    ours = loss_and_gradients(lambda h, w: chunked_cross_entropy(h, w, targets, chunk_size), hidden, weight)
+    ours = loss_and_gradients(lambda h, w: function(h, w, targets, chunk_size), hidden, weight)
     expected = loss_and_gradients(reference(targets), hidden, weight)
     for found, wanted in zip(ours, expected, strict=True):
         assert found.dtype == torch.float64
@@ -92,20 +95,22 @@ class RecordLogits(TorchDispatchMode):
         return result
 
 
+@BOTH
 @pytest.mark.parametrize("chunk_size", [8, 64])
-def test_full_logits_never_exist(chunk_size):
+def test_full_logits_never_exist(function, chunk_size):
     vocabulary, width, tokens = 512, 4, 64
     hidden = torch.randn(1, tokens, width, requires_grad=True)
     weight = torch.randn(vocabulary, width, requires_grad=True)
     with RecordLogits(vocabulary) as record:
-        chunked_cross_entropy(hidden, weight, torch.zeros(1, tokens, dtype=torch.int64), chunk_size).backward()
+        function(hidden, weight, torch.zeros(1, tokens, dtype=torch.int64), chunk_size).backward()
     assert record.rows == chunk_size  # forward and backward; 64 proves that the recording sees whole logits
     assert record.elements == max(vocabulary * width, chunk_size * vocabulary)
 
 
+@BOTH
 @pytest.mark.parametrize("chunk_size", [5, 1000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_has_low_precision_matmul_and_fp32_softmax(dtype, chunk_size):
+def test_autocast_has_low_precision_matmul_and_fp32_softmax(function, dtype, chunk_size):
     hidden, weight, targets = make_inputs(torch.float32)
 
     def by_hand(hidden, weight):
@@ -114,7 +119,7 @@ def test_autocast_has_low_precision_matmul_and_fp32_softmax(dtype, chunk_size):
 
     def autocast(hidden, weight):
         with torch.autocast("cpu", dtype):
-            return chunked_cross_entropy(hidden, weight, targets, chunk_size)
+            return function(hidden, weight, targets, chunk_size)
 
     expected = loss_and_gradients(by_hand, hidden, weight)
     found = loss_and_gradients(autocast, hidden, weight)
@@ -126,15 +131,62 @@ def test_autocast_has_low_precision_matmul_and_fp32_softmax(dtype, chunk_size):
     torch.testing.assert_close(found[2], expected[2], rtol=0, atol=4 * torch.finfo(dtype).eps)
 
 
-def test_autocast_sums_weight_gradients_in_fp32():
+@BOTH
+def test_autocast_sums_weight_gradients_in_fp32(function):
     """Each chunk adds 1 to a gradient; in bf16 a sum of ones would end at 256."""
     tokens = 400
     hidden = torch.ones(1, tokens, 1)
     weight = torch.zeros(2, 1, requires_grad=True)  # probabilities 1/2: a token's gradient is +-1/2
     with torch.autocast("cpu", torch.bfloat16):
-        loss = chunked_cross_entropy(hidden, weight, torch.zeros(1, tokens, dtype=torch.int64), chunk_size=1)
+        loss = function(hidden, weight, torch.zeros(1, tokens, dtype=torch.int64), chunk_size=1)
     loss.backward()
     assert weight.grad.tolist() == [[-tokens / 2], [tokens / 2]]
+
+
+def test_bf16_weights_sum_their_gradients_in_fp32():
+    """As under FSDP's mixed precision, where the gathered head itself is bf16: rounded once, at the end."""
+    hidden = torch.ones(1, 400, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    chunked_cross_entropy(hidden, weight, torch.zeros(1, 400, dtype=torch.int64), chunk_size=1).backward()
+    assert weight.grad.tolist() == [[-200], [200]]
+
+
+def test_a_scale_beyond_fp16():
+    """GradScaler begins with 65 536, which fp16 does not hold."""
+    hidden, weight, targets = make_inputs(torch.float32)
+    with torch.autocast("cpu", torch.float16):
+        loss = chunked_cross_entropy(hidden, weight, targets, 5)
+    plain = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    scaled = torch.autograd.grad(65536 * loss, (hidden, weight))
+    for a, b in zip(plain, scaled, strict=True):
+        assert torch.equal(65536 * a, b)
+
+
+@pytest.mark.parametrize("trained", ["hidden", "weight", "neither"])
+def test_matmuls_for_the_gradients_that_are_needed(trained):
+    """Three matmuls where a gradient is wanted, in each chunk; one in an evaluation."""
+    hidden, weight, targets = make_inputs()
+    hidden.requires_grad_(trained == "hidden")
+    weight.requires_grad_(trained == "weight")
+    with FlopCounterMode(display=False) as counter:
+        loss = chunked_cross_entropy(hidden, weight, targets, 7)
+    assert counter.get_total_flops() == 2 * BATCH * SEQUENCE * WIDTH * VOCABULARY * (1 if trained == "neither" else 3)
+    assert loss.requires_grad == (trained != "neither")
+
+
+@pytest.mark.parametrize("vocabulary", [256, 50304, pytest.param(128256, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+def test_real_vocabularies(vocabulary, dtype, tolerance):
+    """The same as recomputation and as torch's own loss: to an ulp of a sum of some 900 in fp32."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 32, 8, generator=generator, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocabulary, 8, generator=generator, dtype=dtype, requires_grad=True)
+    targets = torch.randint(vocabulary, (2, 32), generator=generator)
+    targets[0, :5] = -100
+    fused = loss_and_gradients(lambda h, w: chunked_cross_entropy(h, w, targets, 24), hidden, weight)
+    for other in (lambda h, w: checkpointed_cross_entropy(h, w, targets, 24), reference(targets)):
+        for a, b in zip(fused, loss_and_gradients(other, hidden, weight), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6 if dtype == torch.float32 else 0, atol=tolerance)
 
 
 def test_bf16_weights_give_an_fp32_loss():
