@@ -8,9 +8,9 @@ from launching import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import head_loss  # noqa: E402  (needs the path above)
+import head_loss
 
-from common.loss import chunked_cross_entropy  # noqa: E402
+from common.loss import chunked_cross_entropy
 
 SMALL = ["head_loss.py", "--tokens", "24", "--width", "8", "--vocabulary", "40", "--chunk", "10", "--rounds", "2",
          "--device", "cpu"]  # fmt: skip
