@@ -9,8 +9,8 @@ forwards a rank does before its first backward (the warm-up); see `order`:
 
 The idle share (bubble) is (p - 1) / (v·m + p - 1) for p ranks, m micro-batches and v stages a rank: `ideal_bubble`.
 
-    groups = dist.group.WORLD, dist.new_group()
-    pipeline = Pipeline(config, seed, sequence, groups, "1f1b")
+    edges = connect([list(range(dist.get_world_size()))])
+    pipeline = Pipeline(config, seed, sequence, dist.group.WORLD, edges, "1f1b")
     loss_sum = pipeline.step(micro_batches, 1 / tokens_per_step)          # gradients are there; zero_grad between steps
     norm = pipeline.clip_grad_norm(1.0)
     pipeline.write_events(folder)                                         # for gantt.py
@@ -103,14 +103,39 @@ def split_by_cost(config: ModelConfig, stages: int, sequence: int = 0) -> list[r
     return [range(sum(counts[:stage]), sum(counts[: stage + 1])) for stage in range(stages)]
 
 
+def connect(lines: list[list[int]]) -> dict[tuple[int, int], ProcessGroup]:
+    """Make a group of two for each edge of each pipeline: what goes out of a rank in one direction.
+
+    NCCL keeps one queue for each group and rank: an operation begins when the one before it has ended, and a send of
+    more than a few MiB ends only when its receiver is there. In one group for a whole direction, the ranks of an
+    interleaved schedule, whose last rank sends to the first, wait for each other around the circle for ever.
+
+    Args:
+        lines: global ranks of each pipeline, in the order of its stages. All ranks must call it with the same lines.
+
+    Returns:
+        By (direction, sender), those of this rank. Direction 0 are activations, which go to the next rank; 1 gradients,
+        to the one before. The sender is a rank within the pipeline.
+    """
+    edges = {}
+    for ranks in lines:
+        for direction, step in enumerate((1, -1)):
+            for sender in range(len(ranks) if len(ranks) > 1 else 0):
+                pair = [ranks[sender], ranks[(sender + step) % len(ranks)]]
+                group = dist.new_group(pair)
+                if dist.get_rank() in pair:
+                    edges[direction, sender] = group
+    return edges
+
+
 class Pipeline:
     """This rank's stages of the model and what runs them.
 
     Args:
         config, seed: of the whole model; every stage starts as its part of it would.
         sequence: tokens of a sequence; attention's share of a layer's cost depends on it.
-        groups: two groups of the same ranks, one a direction. Within each, messages between two ranks arrive in the
-            order in which they are wanted; in one group, activations and gradients could take each other's place.
+        group, edges: the ranks of this pipeline, and what `connect` returns. On an edge, messages arrive in the order
+            in which they are wanted; in one group, activations and gradients could take each other's place.
         schedule, chunks: see `order`; chunk c of rank r is stage c · ranks + r.
         layers: of each stage, if not by `split_by_cost`.
 
@@ -123,14 +148,15 @@ class Pipeline:
         config: ModelConfig,
         seed: int,
         sequence: int,
-        groups: tuple[ProcessGroup, ProcessGroup],
+        group: ProcessGroup,
+        edges: dict[tuple[int, int], ProcessGroup],
         schedule: str = "1f1b",
         chunks: int = 1,
         layers: list[range] | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.groups, self.rank, self.ranks = groups, groups[0].rank(), groups[0].size()
+        self.group, self.edges, self.rank, self.ranks = group, edges, group.rank(), group.size()
         order(schedule, self.rank, self.ranks, self.ranks, chunks)  # complains here if it must
         if chunks > 1 and self.ranks == 1:
             raise ValueError(f"{chunks} stages on 1 rank; interleaved needs at least 2 ranks; use 1f1b")
@@ -209,23 +235,23 @@ class Pipeline:
     # Activations (direction 0) go to the next rank, gradients (direction 1) to the one before. The last rank's next is
     # the first, whose following chunk it is.
     def _send(self, tensor: Tensor, direction: int, stage: int, number: int) -> None:
-        peer = (self.rank + (1, -1)[direction]) % self.ranks
+        receiver = (self.rank + (1, -1)[direction]) % self.ranks
         with self._event("send", stage, number):  # the time it takes to hand it over; it leaves in the background
-            tensor = tensor.contiguous()
-            self._sending.append((dist.isend(tensor, group=self.groups[direction], group_dst=peer), tensor))
+            tensor, peer = tensor.contiguous(), dist.get_global_rank(self.group, receiver)
+            self._sending.append((dist.isend(tensor, peer, group=self.edges[direction, self.rank]), tensor))
 
     def _receive(self, direction: int, stage: int, number: int, shape: torch.Size) -> Tensor:
-        peer = (self.rank - (1, -1)[direction]) % self.ranks
+        sender = (self.rank - (1, -1)[direction]) % self.ranks
         with self._event("recv", stage, number):  # waiting included
             tensor = torch.empty(*shape[:2], self.width, dtype=self.dtype, device=self.device)
-            dist.recv(tensor, group=self.groups[direction], group_src=peer)
+            dist.recv(tensor, dist.get_global_rank(self.group, sender), group=self.edges[direction, sender])
         return tensor
 
     def _sum_tied_gradients(self) -> None:
         """An all-reduce between first and last rank: both add what the other's use of the tied weight gave."""
         name = "0.embedding.weight" if self.rank == 0 else f"{self.last_stage}.head.weight"
         mine = self.stages.get_parameter(name).grad
-        other, peer, group = torch.empty_like(mine), self.ranks - 1 - self.rank, self.groups[0]
+        other, peer, group = torch.empty_like(mine), self.ranks - 1 - self.rank, self.group
         requests = dist.batch_isend_irecv([
             dist.P2POp(dist.isend, mine, group=group, group_peer=peer),
             dist.P2POp(dist.irecv, other, group=group, group_peer=peer),
@@ -239,7 +265,7 @@ class Pipeline:
         named = {name: p.grad for name, p in self.stages.named_parameters() if p.grad is not None}
         twice = ("0.embedding.weight", f"{self.last_stage}.head.weight") if self.tied else ()
         held_by = ((gradient, 2 if name in twice else 1) for name, gradient in named.items())
-        return grad_norm.clip_grad_norm(held_by, max_norm, self.groups[0])
+        return grad_norm.clip_grad_norm(held_by, max_norm, self.group)
 
     @contextlib.contextmanager
     def _event(self, event: str, stage: int, micro_batch: int) -> Iterator[None]:

@@ -7,7 +7,7 @@ The least bytes of all; in return ranks wait for each other at both ends of a st
 
 import torch
 import torch.distributed as dist
-from pipeline_parallel import Pipeline
+from pipeline_parallel import Pipeline, connect
 
 from common.data import TextConfig, text_datasets
 from common.data_sharding import BatchConfig, BatchPlan, Loader
@@ -24,9 +24,9 @@ TOKENS = BATCH.global_size * DATA.sequence_length  # of one step
 ranks = join()
 train_set, _ = text_datasets(DATA, MODEL.vocabulary)
 loader = Loader(train_set, BatchPlan(BATCH, len(train_set), SEED), ranks.device)
-groups = dist.group.WORLD, dist.new_group()  # one a direction
+group, edges = dist.group.WORLD, connect([list(range(ranks.world_size))])  # a group of two for each edge
 try:
-    model = Pipeline(MODEL, SEED, DATA.sequence_length, groups, "1f1b", device=ranks.device, dtype=torch.float64)
+    model = Pipeline(MODEL, SEED, DATA.sequence_length, group, edges, "1f1b", device=ranks.device, dtype=torch.float64)
 except ValueError as error:  # more ranks than layers
     fail(str(error))
 optimizer = build_optimizer(model.stages.parameters(), OptimizerConfig(), ranks.device)
@@ -40,5 +40,5 @@ for step in range(STEPS):
     optimizer.zero_grad()
     if ranks.is_main:
         print(f"step {step:2}  loss {loss_sum.item() / TOKENS!r}  grad norm {norm.item()!r}")
-del model, groups, optimizer  # they hold the process group, whose threads must end before Python does
+del model, group, edges, optimizer  # they hold the process group, whose threads must end before Python does
 ranks.leave()

@@ -22,7 +22,7 @@ from combine_settings import AXIS, ByHandConfig, check_combination, recorded_mes
 from data_parallel import BucketedDataParallel, NaiveDataParallel, OverlappedDataParallel
 from grad_norm import clip_grad_norm
 from mesh import Mesh, build_mesh, lines, make_grid
-from pipeline_parallel import Pipeline, ideal_bubble
+from pipeline_parallel import Pipeline, connect, ideal_bubble
 from sharded_optimizer import Zero1Optimizer, Zero2Optimizer
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -64,10 +64,9 @@ def model_and_pipeline(config: ByHandConfig, mesh: Mesh, device: torch.device) -
     dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
     pipeline = None
     if mesh.sizes["pp"] > 1:
-        rows = lines(make_grid(dist.get_world_size(), mesh.sizes), "pp")
-        groups = mesh.groups["pp"], dist.new_subgroups_by_enumeration(rows)[0]  # one a direction
+        edges = connect(lines(make_grid(dist.get_world_size(), mesh.sizes), "pp"))
         pipeline = Pipeline(
-            config.model, config.seed, config.data.sequence_length, groups=groups,
+            config.model, config.seed, config.data.sequence_length, mesh.groups["pp"], edges,
             schedule=config.schedule, chunks=config.stages_per_rank, device=device, dtype=dtype,
         )  # fmt: skip
     module = pipeline.stages if pipeline else Transformer(config.model, config.seed).to(device, dtype)

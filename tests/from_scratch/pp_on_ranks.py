@@ -10,8 +10,13 @@ import pipeline_parallel as pp  # isort: skip  (tp_on_ranks puts from_scratch/ o
 
 
 @functools.cache
-def groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    return dist.group.WORLD, dist.new_group()
+def edges() -> dict[tuple[int, int], dist.ProcessGroup]:
+    return pp.connect([list(range(dist.get_world_size()))])
+
+
+def edges_of() -> dict[tuple[int, int], list[int]]:
+    """The ranks of each edge's group."""
+    return {edge: dist.get_process_group_ranks(group) for edge, group in edges().items()}
 
 
 def samples(micro_batches: int) -> int:
@@ -20,7 +25,9 @@ def samples(micro_batches: int) -> int:
 
 
 def pipeline(schedule: str, chunks: int, changes: dict, layers=None) -> pp.Pipeline:
-    return pp.Pipeline(small(**changes), 1, 24, groups(), schedule, chunks, layers, dtype=torch.float64)
+    return pp.Pipeline(
+        small(**changes), 1, 24, dist.group.WORLD, edges(), schedule, chunks, layers, dtype=torch.float64
+    )
 
 
 def parts(step: int, micro_batches: int, changes: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -4,6 +4,7 @@ import itertools
 import sys
 
 import pytest
+import torch
 from equality import STEPS
 from launching import ROOT, OnRanks
 
@@ -199,3 +200,101 @@ def test_layers_are_split_by_cost():
 def test_what_does_not_fit_is_refused(group, schedule, chunks, changes, found):
     for message in group(2)(ON_RANKS.refused, schedule, chunks, changes):
         assert message.startswith(found) and "\n" not in message
+
+
+# ----------------------------------------------------------------------------------------- queues as NCCL keeps them
+
+
+class LineOfRanks:
+    """What a pipeline asks of its group, without ranks."""
+
+    def __init__(self, rank, ranks):
+        self.place = rank, ranks
+
+    def rank(self):
+        return self.place[0]
+
+    def size(self):
+        return self.place[1]
+
+
+class Edges(dict):
+    """Each edge is its own name."""
+
+    def __missing__(self, edge):
+        return edge
+
+
+class Messages(list):
+    """What one rank sends and receives, in order: (operation, direction, sender)."""
+
+    def isend(self, tensor, peer, group):
+        self.append(("send", *group))
+        return self
+
+    def recv(self, tensor, peer, group):
+        self.append(("recv", *group))
+
+    def wait(self):
+        """A message that has left."""
+
+
+def messages(monkeypatch, schedule, ranks, micro_batches, chunks):
+    """The messages of a step of a real pipeline, for each rank."""
+    config = ModelConfig(vocabulary=3, width=4, layers=ranks * chunks, heads=1, kv_heads=1, ffn_width=4)
+    batch = [(torch.zeros(1, 2, dtype=torch.int64),) * 2] * micro_batches
+    every = [Messages() for _ in range(ranks)]
+    monkeypatch.setattr(pp.dist, "get_global_rank", lambda group, peer: peer)
+    for rank, recorded in enumerate(every):
+        monkeypatch.setattr(pp.dist, "isend", recorded.isend)
+        monkeypatch.setattr(pp.dist, "recv", recorded.recv)
+        pp.Pipeline(config, 1, 2, LineOfRanks(rank, ranks), Edges(), schedule, chunks).step(batch, 1.0)
+    return every
+
+
+def deadlocks(programs, queue_of):
+    """Whether ranks block each other, if a send ends only when its receiver is there.
+
+    An operation goes to the end of the queue of its group on its rank, and begins when those before it have ended. A
+    rank goes on after it has posted a send, and waits in a receive.
+    """
+    queues, next_one, waits = {}, [0] * len(programs), [None] * len(programs)
+    moved = True
+    while moved:
+        moved = False
+        for rank, program in enumerate(programs):
+            while waits[rank] is None and next_one[rank] < len(program):
+                message = program[next_one[rank]]
+                queues.setdefault((rank, queue_of(message)), []).append(message)
+                waits[rank] = message if message[0] == "recv" else None
+                next_one[rank] += 1
+                moved = True
+        for (rank, key), queue in queues.items():
+            if not queue or queue[0][0] != "recv":
+                continue
+            _, direction, sender = queue[0]
+            other = queues.get((sender, key), [])
+            if other and other[0] == ("send", direction, sender):
+                queue.pop(0), other.pop(0)
+                waits[rank] = None
+                moved = True
+    return any(queues.values()) or any(n < len(program) for n, program in zip(next_one, programs, strict=True))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+@pytest.mark.parametrize(("schedule", "chunks"), [("afab", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 3)])
+def test_nccls_queues_do_not_block_each_other(monkeypatch, schedule, chunks, ranks):
+    """Gloo buffers every message; NCCL, with messages larger than its buffers, does not."""
+    programs = messages(monkeypatch, schedule, ranks, 2 * ranks, chunks)
+    assert not deadlocks(programs, lambda message: message[1:])  # a group for each edge, as `connect` makes them
+    # One group for each direction, as it would be simpler: enough for a line, not for a circle.
+    assert deadlocks(programs, lambda message: message[1]) == (schedule == "interleaved")
+
+
+def test_every_edge_has_a_group_of_its_two_ranks(group):
+    for rank, edges in enumerate(group(3)(ON_RANKS.edges_of)):
+        before, after = (rank - 1) % 3, (rank + 1) % 3
+        assert edges == {
+            (0, rank): sorted([rank, after]), (0, before): sorted([before, rank]),
+            (1, rank): sorted([rank, before]), (1, after): sorted([after, rank]),
+        }  # fmt: skip
