@@ -198,7 +198,6 @@ def show_join(world: World, config: ShardingConfig) -> None:
     world.print(f"\n6. Training on uneven ends under Join: steps by rank {all_steps}, and nobody hangs;")
     must(sum(all_steps) == config.samples and differs is None, "every sample once, and equal weights at the end")
     world.print("  the weights are equal on all ranks at the end (a rank that is through follows the others')")
-    del ddp_model  # it holds on to the process group, whose threads must end before Python does
 
 
 @record

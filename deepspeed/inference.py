@@ -101,7 +101,6 @@ def main(config: InferenceConfig) -> None:
     same = all(ranks.all_gather(torch.equal(answer, engine_answer)))
     ranks.print(f"{config.tokens} tokens, {'the same' if same else 'NOT the same'}: {show(answer, prompt)}")
     ranks.print(f"model alone {rate:,.1f} tokens/s, engine {engine_rate:,.1f} tokens/s (median of {config.repeats})")
-    del engine, alone  # they hold the process group
     ranks.leave()
     if difference > TOLERANCE[config.precision] * max(1.0, largest):
         raise SystemExit(f"error: the engine's logits differ by {difference:.1e}")

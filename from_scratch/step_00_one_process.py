@@ -20,19 +20,25 @@ BATCH, DATA = BatchConfig(global_size=24, micro_size=2), TextConfig(sequence_len
 MODEL = ModelConfig(vocabulary=264, width=48, layers=4, heads=12, kv_heads=12, ffn_width=96)
 TOKENS = BATCH.global_size * DATA.sequence_length  # of one step
 
-ranks = single_process()
-train_set, _ = text_datasets(DATA, MODEL.vocabulary)
-loader = Loader(train_set, BatchPlan(BATCH, len(train_set), SEED), ranks.device)
-model = Transformer(MODEL, SEED).to(ranks.device, torch.float64)
-optimizer = build_optimizer(model.parameters(), OptimizerConfig(), ranks.device)
 
-for step in range(STEPS):
-    loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    for (tokens, targets), _ in loader.micro_batches(step):
-        micro_loss_sum = model(tokens, targets)  # over its tokens
-        (micro_loss_sum / TOKENS).backward()
-        loss_sum += micro_loss_sum.detach()
-    norm = clip_grad_norm_(model.parameters(), CLIP)
-    optimizer.step()
-    optimizer.zero_grad()
-    print(f"step {step:2}  loss {loss_sum.item() / TOKENS!r}  grad norm {norm.item()!r}")
+def main() -> None:
+    ranks = single_process()
+    train_set, _ = text_datasets(DATA, MODEL.vocabulary)
+    loader = Loader(train_set, BatchPlan(BATCH, len(train_set), SEED), ranks.device)
+    model = Transformer(MODEL, SEED).to(ranks.device, torch.float64)
+    optimizer = build_optimizer(model.parameters(), OptimizerConfig(), ranks.device)
+
+    for step in range(STEPS):
+        loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        for (tokens, targets), _ in loader.micro_batches(step):
+            micro_loss_sum = model(tokens, targets)  # over its tokens
+            (micro_loss_sum / TOKENS).backward()
+            loss_sum += micro_loss_sum.detach()
+        norm = clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        print(f"step {step:2}  loss {loss_sum.item() / TOKENS!r}  grad norm {norm.item()!r}")
+
+
+if __name__ == "__main__":
+    main()

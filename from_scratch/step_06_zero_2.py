@@ -21,25 +21,30 @@ BATCH, DATA = BatchConfig(global_size=24, micro_size=2), TextConfig(sequence_len
 MODEL = ModelConfig(vocabulary=264, width=48, layers=4, heads=12, kv_heads=12, ffn_width=96)
 TOKENS = BATCH.global_size * DATA.sequence_length  # of one step
 
-ranks = join()
-train_set, _ = text_datasets(DATA, MODEL.vocabulary)
-loader = Loader(train_set, BatchPlan(BATCH, len(train_set), SEED, ranks.rank, ranks.world_size), ranks.device)
-model = Transformer(MODEL, SEED).to(ranks.device, torch.float64)
-optimizer = build_optimizer(model.parameters(), OptimizerConfig(), ranks.device)
-optimizer = Zero2Optimizer(optimizer.param_groups, type(optimizer))  # with the same settings
 
-for step in range(STEPS):
-    loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    for (tokens, targets), _ in loader.micro_batches(step):
-        micro_loss_sum = model(tokens, targets)  # over its tokens
-        (micro_loss_sum * ranks.world_size / TOKENS).backward()  # the mean over ranks divides once more
-        optimizer.finish()
-        loss_sum += micro_loss_sum.detach()
-    dist.all_reduce(loss_sum)
-    norm = optimizer.clip_grad_norm_(CLIP)  # of pieces, and yet the global norm
-    optimizer.step()
-    optimizer.zero_grad()
-    if ranks.is_main:
-        print(f"step {step:2}  loss {loss_sum.item() / TOKENS!r}  grad norm {norm.item()!r}")
-del model, optimizer, micro_loss_sum  # they hold the process group, whose threads must end before Python does
-ranks.leave()
+def main() -> None:
+    ranks = join()
+    train_set, _ = text_datasets(DATA, MODEL.vocabulary)
+    loader = Loader(train_set, BatchPlan(BATCH, len(train_set), SEED, ranks.rank, ranks.world_size), ranks.device)
+    model = Transformer(MODEL, SEED).to(ranks.device, torch.float64)
+    optimizer = build_optimizer(model.parameters(), OptimizerConfig(), ranks.device)
+    optimizer = Zero2Optimizer(optimizer.param_groups, type(optimizer))  # with the same settings
+
+    for step in range(STEPS):
+        loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        for (tokens, targets), _ in loader.micro_batches(step):
+            micro_loss_sum = model(tokens, targets)  # over its tokens
+            (micro_loss_sum * ranks.world_size / TOKENS).backward()  # the mean over ranks divides once more
+            optimizer.finish()
+            loss_sum += micro_loss_sum.detach()
+        dist.all_reduce(loss_sum)
+        norm = optimizer.clip_grad_norm_(CLIP)  # of pieces, and yet the global norm
+        optimizer.step()
+        optimizer.zero_grad()
+        if ranks.is_main:
+            print(f"step {step:2}  loss {loss_sum.item() / TOKENS!r}  grad norm {norm.item()!r}")
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    main()

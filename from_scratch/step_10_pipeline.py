@@ -21,24 +21,31 @@ BATCH, DATA = BatchConfig(global_size=24, micro_size=2), TextConfig(sequence_len
 MODEL = ModelConfig(vocabulary=264, width=48, layers=4, heads=12, kv_heads=12, ffn_width=96)
 TOKENS = BATCH.global_size * DATA.sequence_length  # of one step
 
-ranks = join()
-train_set, _ = text_datasets(DATA, MODEL.vocabulary)
-loader = Loader(train_set, BatchPlan(BATCH, len(train_set), SEED), ranks.device)
-group, edges = dist.group.WORLD, connect([list(range(ranks.world_size))])  # a group of two for each edge
-try:
-    model = Pipeline(MODEL, SEED, DATA.sequence_length, group, edges, "1f1b", device=ranks.device, dtype=torch.float64)
-except ValueError as error:  # more ranks than layers
-    fail(str(error))
-optimizer = build_optimizer(model.stages.parameters(), OptimizerConfig(), ranks.device)
 
-for step in range(STEPS):
-    micro_batches = [micro_batch for micro_batch, _ in loader.micro_batches(step)]
-    loss_sum = model.step(micro_batches, 1 / TOKENS)  # all forwards and backwards; zero but on the last rank
-    dist.all_reduce(loss_sum)
-    norm = model.clip_grad_norm(CLIP)
-    optimizer.step()
-    optimizer.zero_grad()
-    if ranks.is_main:
-        print(f"step {step:2}  loss {loss_sum.item() / TOKENS!r}  grad norm {norm.item()!r}")
-del model, group, edges, optimizer  # they hold the process group, whose threads must end before Python does
-ranks.leave()
+def main() -> None:
+    ranks = join()
+    train_set, _ = text_datasets(DATA, MODEL.vocabulary)
+    loader = Loader(train_set, BatchPlan(BATCH, len(train_set), SEED), ranks.device)
+    edges = connect([list(range(ranks.world_size))])  # a group of two for each edge
+    try:
+        model = Pipeline(
+            MODEL, SEED, DATA.sequence_length, dist.group.WORLD, edges, "1f1b", device=ranks.device, dtype=torch.float64
+        )
+    except ValueError as error:  # more ranks than layers
+        fail(str(error))
+    optimizer = build_optimizer(model.stages.parameters(), OptimizerConfig(), ranks.device)
+
+    for step in range(STEPS):
+        micro_batches = [micro_batch for micro_batch, _ in loader.micro_batches(step)]
+        loss_sum = model.step(micro_batches, 1 / TOKENS)  # all forwards and backwards; zero but on the last rank
+        dist.all_reduce(loss_sum)
+        norm = model.clip_grad_norm(CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        if ranks.is_main:
+            print(f"step {step:2}  loss {loss_sum.item() / TOKENS!r}  grad norm {norm.item()!r}")
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ Each rank prints, for its second optimizer step, the bytes it sends, as a ring w
 the optimizer steps (parameters, gradients, optimizer state), both in multiples of P, the bytes of all parameters.
 """
 
+import inspect
 import sys
 from collections import Counter
 from contextlib import ExitStack
@@ -69,7 +70,10 @@ def main() -> None:
     script, meter, steps, metering = Path(sys.argv[1]), Meter(), [], ExitStack()
 
     def after_step(optimizer: torch.optim.Optimizer, *_) -> None:
-        now = held(optimizer, script_globals["model"])
+        frame = inspect.currentframe()
+        while frame.f_globals is not script_globals:  # the script's main(), which called optimizer.step()
+            frame = frame.f_back
+        now = held(optimizer, frame.f_locals["model"])
         rank = dist.get_rank() if dist.is_initialized() else 0  # step 0 has no group
         steps.append((meter.bytes.copy(), meter.messages.copy(), now, rank))
         if len(steps) == 2:

@@ -108,7 +108,6 @@ def save(config: SaveConfig) -> None:
     dcp.load(state, storage_reader=dcp.FileSystemReader(shards), process_group=writers)
     after = fingerprint(model, ranks)  # the state dict's tensors are the model's
     dist.destroy_process_group(writers)
-    del model, optimizer, state, weights, moments  # they hold the process group
     ranks.leave()
     if after != before:
         raise SystemExit(f"[rank {ranks.rank}] error: the asynchronous checkpoint holds {after}, not {before}")
@@ -234,7 +233,6 @@ def load(run_folder: Path) -> None:
     by, step = manifest["world_size"], manifest["step"]
     ranks.print(f"{source}: step {step}, saved by {by} ranks, loaded by {ranks.world_size}, weights {weights}")
     ranks.print(f"{seconds:.3f} s; bytes of weights and optimizer state by rank: {held}")
-    del model, optimizer, state  # they hold the process group
     ranks.leave()
 
 
