@@ -11,7 +11,6 @@ ends with an error where a checkpoint is torn, a step is lost beyond the last co
 """
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -23,7 +22,6 @@ import time
 import warnings
 from pathlib import Path
 
-import psutil
 import torch
 import torch.distributed.checkpoint as dcp
 from report import date, git_commit, write_json  # beside this file
@@ -31,6 +29,10 @@ from tqdm import tqdm
 
 from common import manifest
 from common.ranks import fail
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
+
+from processes import kill_tree  # by the path above
 
 # Some milliseconds a step, so that a good part of the time goes into saving.
 SETTINGS = ["--train.precision", "fp64", "--model.width", "32", "--model.ffn_width", "48", "--model.layers", "2",
@@ -49,13 +51,8 @@ def start(options: argparse.Namespace, name: str) -> subprocess.Popen:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL for a process and all that descend from it; torchrun's workers live in sessions of their own."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        psutil.wait_procs(family, timeout=10)
+    """SIGKILL for a process and all that descend from it."""
+    kill_tree(process.pid)
     process.wait()
 
 

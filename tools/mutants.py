@@ -28,6 +28,7 @@ from pathlib import Path
 
 import psutil
 import yaml
+from processes import kill_tree
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,10 +119,7 @@ def run_tests(root: Path, tests: list[str], slow: bool) -> tuple[int | None, str
     process.join(TIMEOUT_S)
     code = process.exitcode
     if code is None:
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
+        kill_tree(process.pid)
         process.join()
     return code, output.read_text(errors="replace") if output.is_file() else ""
 

@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 FAMILY = "TOOLS_PROCESS_FAMILY"  # an environment variable that all descendants inherit
 
 
@@ -53,6 +55,17 @@ def run(command: list[str], timeout_s: float, cwd: Path, environment: Mapping[st
         seconds = time.monotonic() - started
         output.seek(0)
         return Finished(exit_code, output.read().decode(errors="replace"), seconds)
+
+
+def kill_tree(pid: int) -> None:
+    """Kill a process and all that descend from it: torchrun's workers live in sessions of their own."""
+    with suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        family = [*parent.children(recursive=True), parent]
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(family, timeout=10)
 
 
 def _send(group: int, what: signal.Signals) -> None:

@@ -116,7 +116,7 @@ def test_killed_in_mid_run(group, tmp_path):
     process = start(tmp_path, "killed", *LONG)
     wait_for_checkpoint(process, tmp_path / "killed")
     time.sleep(0.15)  # somewhere in the steps and saves that follow
-    kill_tree(process)
+    kill_tree(process.pid)
     process.communicate()
     committed = max(int(m.parent.name[5:]) for m in (tmp_path / "killed").glob("checkpoints/step_*/manifest.json"))
     steps = committed + 4

@@ -141,7 +141,7 @@ def test_a_leftover_that_wakes_up_ends_itself(group, undisturbed, stops_in_a_sav
             os.kill(number, signal.SIGCONT)
         _, errors = first.communicate(timeout=120)
     finally:
-        kill_tree(first)
+        kill_tree(first.pid)
     assert first.returncode == 1
     assert "another attempt has taken over" in errors
     assert {path: path.stat().st_mtime_ns for path in run.glob("checkpoints/step_*/manifest.json")} == before

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ended_together import leave_together
 from own_folder import own_folder
 from rank_worker import starts_its_own_group
+from scripts_on_ranks import stopping_after
 from variables import PLAIN_PYTHON, variables, without_package
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -94,21 +95,9 @@ def ends_by_plain_python(arguments: list[str], script: str = SCRIPT, **changes: 
 
 @starts_its_own_group
 def train_until(arguments: list[str], steps: int, script: str = SCRIPT) -> None:
-    """Run it and tell it to stop when `steps` steps are done, as a signal would."""
-    from common.run import Run
-
-    log = Run.log
-
-    def log_and_stop(self, step, *rest):
-        if step == steps - 2:  # the wish travels with this step's numbers and is read with the next one's
-            self.stop_request.request()
-        log(self, step, *rest)
-
-    Run.log = log_and_stop
-    try:
+    """Run it and tell it to stop when `steps` steps are done."""
+    with stopping_after(steps):
         train(arguments, script)
-    finally:
-        Run.log = log
 
 
 @starts_its_own_group

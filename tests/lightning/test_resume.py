@@ -109,7 +109,7 @@ def test_killed_in_mid_run(group, tmp_path):
     process = start("torchrun", tmp_path)
     wait_for_checkpoint(process, tmp_path / "run")
     time.sleep(0.15)  # somewhere in the steps and saves that follow
-    kill_tree(process)
+    kill_tree(process.pid)
     process.communicate()
     committed = max(int(m.parent.name[5:]) for m in (tmp_path / "run").glob("checkpoints/step_*/manifest.json"))
     steps = committed + 4

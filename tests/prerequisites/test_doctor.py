@@ -47,7 +47,7 @@ def ends(processes: list[subprocess.Popen], timeout: float = 200) -> list[tuple[
     finally:
         for process in processes:
             if process.poll() is None:
-                kill_tree(process)
+                kill_tree(process.pid)
 
 
 def another_host() -> tuple[str, ...]:

@@ -296,7 +296,7 @@ def forwarded(cluster, target: str):
     try:
         yield re.match(r"(http://localhost:\d+) leads to", process.stdout.readline())[1]
     finally:
-        kill_tree(process)
+        kill_tree(process.pid)
         process.wait()
         process.stdout.close()
 

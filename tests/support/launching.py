@@ -13,12 +13,15 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import fork_server
-import psutil
 import pytest
 import rank_worker
 from torch.distributed import TCPStore
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.append(str(ROOT / "tools"))
+
+from processes import kill_tree  # noqa: E402  (needs the path above; tests import it from here)
+
 TIMEOUT_S = float(os.environ.get("GROUP_TIMEOUT_S", "120"))  # generous: a busy machine is not a hang
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DEVICE")
 
@@ -70,18 +73,6 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def kill_tree(process: subprocess.Popen) -> None:
-    """Kill a process and all that descend from it: torchrun's workers live in sessions of their own."""
-    try:
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    except psutil.NoSuchProcess:
-        return
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    psutil.wait_procs(family, timeout=10)
-
-
 def whose_rank_1_dies(script: str, folder: Path) -> Path:
     """A script that runs `script`, and kills rank 1 after three steps."""
     path = ROOT / script
@@ -114,7 +105,7 @@ def run_command(command: list[str], timeout: float = 120, check: bool = True, **
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        kill_tree(process)
+        kill_tree(process.pid)
         out, err = process.communicate()
         pytest.fail(f"{' '.join(command)} did not end within {timeout} s\n{out[-2000:]}\n{err[-4000:]}")
     if check and process.returncode != 0:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from ended_together import leave_together
@@ -44,9 +45,9 @@ def printed(script: str, arguments: list[str]) -> str:
     return stdout.getvalue()
 
 
-@starts_its_own_group
-def train_until(script: str, arguments: list[str], steps: int) -> None:
-    """Run a lesson script and tell it to stop when `steps` steps are done, as a signal would."""
+@contextlib.contextmanager
+def stopping_after(steps: int) -> Iterator[None]:
+    """Tell a run to stop when `steps` steps are done, as a signal would."""
     from common.run import Run
 
     log = Run.log
@@ -58,6 +59,13 @@ def train_until(script: str, arguments: list[str], steps: int) -> None:
 
     Run.log = log_and_stop
     try:
-        train(script, arguments)
+        yield
     finally:
         Run.log = log
+
+
+@starts_its_own_group
+def train_until(script: str, arguments: list[str], steps: int) -> None:
+    """Run a lesson script and tell it to stop when `steps` steps are done."""
+    with stopping_after(steps):
+        train(script, arguments)
