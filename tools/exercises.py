@@ -9,8 +9,8 @@ In ROOM/exercises/NAME.py:
         # task: raise NotImplementedError("…")    what stands in its place in the task, line by line
         # end
 
-In a lab, the `# task:` lines are the planted bug; a single bare `# task:` leaves nothing. The checks stand in
-ROOM/exercises/checks.py (see tools/grading.py); its WORLD_SIZES says on how many ranks each one runs.
+In a lab, the `# task:` lines are the planted bug; a single bare `# task:` leaves nothing. The check stands in
+ROOM/exercises/checks/NAME.py (see tools/grading.py); its WORLD_SIZES says on how many ranks it runs (default: 2 and 3).
 
     python tools/exercises.py write ddp                      ROOM/exercises/tasks/NAME.py, for you to edit
     python tools/exercises.py grade ddp [NAME …]             grade your files
@@ -98,8 +98,6 @@ def find(root: Path, room: str) -> list[Exercise]:
         raise DocsError(f"there is no {room}/exercises; rooms with exercises: {', '.join(with_exercises) or 'none'}")
     exercises = []
     for source in sorted(folder.glob("*.py")):
-        if source.name == "checks.py":
-            continue
         text = source.read_text()
         title = TITLE.fullmatch(text.split("\n", 1)[0])
         if not title:
@@ -145,7 +143,7 @@ def grade(exercises: list[Exercise], folder: Path | None, timeout_s: float = 30.
     """Grade the files of `folder` (None: the solutions), each on every world size until one does not pass."""
     grades = []
     for exercise in exercises:
-        checks = exercise.source.parent / "checks.py"
+        check = exercise.source.parent / "checks" / exercise.source.name
         path = folder / exercise.source.name if folder else exercise.source
         started = time.monotonic()
         world_size, outcome = (
@@ -153,8 +151,8 @@ def grade(exercises: list[Exercise], folder: Path | None, timeout_s: float = 30.
             grading.Outcome(grading.NOT_STARTED, f"{path.name} is missing; make exercise writes it"),
         )
         if path.is_file():
-            for world_size in _world_sizes(checks, exercise.name):
-                outcome = grading.run_check(path, checks, exercise.name, world_size, timeout_s)
+            for world_size in _world_sizes(check):
+                outcome = grading.run_check(path, check, world_size, timeout_s)
                 if outcome.status != grading.PASSED:
                     break
         seconds = time.monotonic() - started
@@ -162,11 +160,11 @@ def grade(exercises: list[Exercise], folder: Path | None, timeout_s: float = 30.
     return grades
 
 
-def _world_sizes(checks: Path, name: str) -> tuple[int, ...]:
-    """From the line `WORLD_SIZES = {…}` of the checks, read without importing them; else 2 and 3 ranks."""
-    for node in ast.parse(checks.read_text()).body:
+def _world_sizes(check: Path) -> tuple[int, ...]:
+    """From the line `WORLD_SIZES = (…)` of the check, read without importing it; else 2 and 3 ranks."""
+    for node in ast.parse(check.read_text()).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "WORLD_SIZES":
-            return tuple(ast.literal_eval(node.value).get(name, (2, 3)))
+            return tuple(ast.literal_eval(node.value))
     return (2, 3)
 
 

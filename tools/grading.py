@@ -1,8 +1,8 @@
 """Run the check of one exercise on N ranks and say, in words that help, what came of it.
 
-A check is a function `check_NAME(module, rank, world_size)` in ROOM/exercises/checks.py. It runs on every
-rank, inside a Gloo process group, with the learner's file as `module`; it calls `expect`, and returns when
-all is right.
+The check of an exercise is the function `check(module, rank, world_size)` in ROOM/exercises/checks/NAME.py. It runs on
+every rank, inside a Gloo process group, with the learner's file as `module`; it calls `expect`, and returns when all
+is right. What several checks use stands in shared.py beside them.
 """
 
 import contextlib
@@ -56,8 +56,8 @@ def load(path: Path, name: str) -> ModuleType:
     return module
 
 
-def run_check(source: Path, checks: Path, name: str, world_size: int, timeout_s: float = 30.0) -> Outcome:
-    """Call `check_<name>` of `checks` on `world_size` ranks with the module `source`, then end all ranks.
+def run_check(source: Path, check: Path, world_size: int, timeout_s: float = 30.0) -> Outcome:
+    """Call the `check` of the file `check` on `world_size` ranks with the module `source`, then end all ranks.
 
     The ranks are forked from a server process that has imported torch once, so that a check costs a fraction
     of a second. They meet through a file: no port can be taken.
@@ -70,7 +70,7 @@ def run_check(source: Path, checks: Path, name: str, world_size: int, timeout_s:
         ranks, ours = [], {}
         for rank in range(world_size):
             here, there = context.Pipe()
-            arguments = (there, source, checks, name, rank, world_size, folder)
+            arguments = (there, source, check, rank, world_size, folder)
             process = context.Process(target=_rank_main, args=arguments, daemon=True)
             process.start()
             there.close()
@@ -137,11 +137,9 @@ def _read(path: Path) -> str:
     return path.read_text(errors="replace") if path.is_file() else ""
 
 
-def _rank_main(
-    connection: Connection, source: Path, checks: Path, name: str, rank: int, world_size: int, folder: Path
-) -> None:
+def _rank_main(connection: Connection, source: Path, check: Path, rank: int, world_size: int, folder: Path) -> None:
     with _redirected(folder, rank):
-        status, message = _judge(source, checks, name, rank, world_size, folder)
+        status, message = _judge(source, check, rank, world_size, folder)
         sys.stdout.flush()
     connection.send((status, message))
     with contextlib.suppress(EOFError):
@@ -162,14 +160,14 @@ def _redirected(folder: Path, rank: int) -> Iterator[None]:
     yield
 
 
-def _judge(source: Path, checks: Path, name: str, rank: int, world_size: int, folder: Path) -> tuple[str, str]:
+def _judge(source: Path, check: Path, rank: int, world_size: int, folder: Path) -> tuple[str, str]:
     """(status, message) of the check on this rank."""
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     try:
-        module = load(source, f"exercise_{name}")
+        module = load(source, f"exercise_{source.stem}")
     except NotImplementedError:
         return NOT_STARTED, ""
     except BaseException as error:  # also SyntaxError, SystemExit
@@ -177,7 +175,8 @@ def _judge(source: Path, checks: Path, name: str, rank: int, world_size: int, fo
     method = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=method, rank=rank, world_size=world_size, timeout=timedelta(minutes=30))
     try:
-        getattr(load(checks, "checks"), f"check_{name}")(module, rank, world_size)
+        sys.path.insert(0, str(check.parent))  # for what checks share
+        load(check, "the_check").check(module, rank, world_size)
     except NotImplementedError as error:
         return NOT_STARTED, str(error)
     except Wrong as error:

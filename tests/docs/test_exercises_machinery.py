@@ -29,12 +29,12 @@ def sum_of_ranks():
     # task:     raise NotImplementedError("sum_of_ranks")
     # end
 '''
-CHECKS = """
+CHECK = """
 from grading import expect
 
-WORLD_SIZES = {"sum_up": (2, 3)}
+WORLD_SIZES = (2, 3)
 
-def check_sum_up(module, rank, world_size):
+def check(module, rank, world_size):
     right = world_size * (world_size - 1) // 2
     found = module.sum_of_ranks()
     expect(found == right, f"{found} on rank {rank}", str(right), "all ranks")
@@ -44,9 +44,9 @@ def check_sum_up(module, rank, world_size):
 @pytest.fixture
 def room(tmp_path: Path) -> Path:
     folder = tmp_path / "room" / "exercises"
-    folder.mkdir(parents=True)
+    (folder / "checks").mkdir(parents=True)
     (folder / "sum_up.py").write_text(SOURCE)
-    (folder / "checks.py").write_text(CHECKS)
+    (folder / "checks" / "sum_up.py").write_text(CHECK)
     return tmp_path
 
 
