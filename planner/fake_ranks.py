@@ -1,13 +1,9 @@
 """A lesson's script on ranks, and tensors, that are not there: what is replaced, and the two steps that are taken."""
 
 import contextlib
-import importlib.util
-import inspect
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +14,6 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch.distributed import device_mesh, pipelining
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._redistribute import _gen_transform_infos
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
@@ -26,57 +21,12 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from common import config as settings
-from common import data, data_sharding, metrics, ranks, run, run_folder
+from common import data, data_sharding, ranks, run
 from common.ranks import Ranks, fail
 from common.transformer import Transformer
 from planner.meter import Meter, replaced
-
-
-class FakeRanks(Ranks):
-    """The others say what this one says."""
-
-    dry: "DryRun"
-
-    def print(self, line: str) -> None:
-        self.dry.said.append(line)
-
-    def all_gather(self, value: Any) -> list[Any]:
-        return [value] * self.world_size
-
-    def broadcast(self, value: Any) -> Any:
-        return value
-
-
-class NoText:
-    """A data set of samples without content, as many as anybody may want."""
-
-    def __init__(self, sequence_length: int) -> None:
-        self.sequence_length = sequence_length
-
-    def __len__(self) -> int:
-        return 2**40
-
-    def fingerprint(self) -> str:
-        return "none"
-
-
-class NoLoader:
-    """Micro-batches of the plan's shape; tokens and targets (micro_size, sequence_length) int64."""
-
-    def __init__(self, dataset: NoText, plan: data_sharding.BatchPlan, device: torch.device, workers: int = 0) -> None:
-        self.shape, self.plan, self.device = (plan.micro_size, dataset.sequence_length), plan, device
-
-    def micro_batches(self, step: int) -> Iterator[tuple[list[torch.Tensor], bool]]:
-        for number in range(1, self.plan.accumulation + 1):
-            tokens = [torch.empty(self.shape, dtype=torch.int64, device=self.device) for _ in range(2)]
-            yield tokens, number == self.plan.accumulation
-
-
-def no_data_parallel(*_: Any, **__: Any) -> NoReturn:
-    fail(
-        "DistributedDataParallel fills its buckets from C++, which needs real memory; expected FSDP, tensor or "
-        "pipeline parallelism; use another script"
-    )
+from planner.script import config_class, loaded
+from planner.stand_ins import FakeRanks, MeasuredRun, NoLoader, NoText, Plan, Stage, no_data_parallel
 
 
 @contextlib.contextmanager
@@ -94,69 +44,6 @@ def no_group_left() -> Iterator[None]:
         if dist.is_initialized():
             dist.destroy_process_group()
         forget()
-
-
-class Plan(data_sharding.BatchPlan):
-    """Of a step's micro-batches those that were asked for."""
-
-    dry: "DryRun"
-
-    @property
-    def accumulation(self) -> int:
-        self.dry.micro_size, self.dry.accumulation = self.micro_size, super().accumulation
-        return self.dry.limited(self.dry.accumulation)
-
-
-class Record(run.Run):
-    """Measures in place of writing; the reduction of the metrics stays."""
-
-    dry: "DryRun"
-
-    def __init__(self, config: Any, ranks: Ranks, strategy: str, **options: Any) -> None:
-        self.config, self.ranks = config, ranks
-        self.dry.strategy, self.dry.mesh = strategy, run_folder.full_mesh(options.get("mesh"), ranks.world_size)
-
-    def restore(self, model: Any, *_: Any) -> None:
-        model = getattr(model, "module", model)  # a pipeline's is inside its StageState
-        self.dry.meter.watch(model, self.dry.parts or [model])
-
-    def steps(self) -> Iterator[int]:
-        yield 0
-        self.dry.meter.in_step = True
-        self.dry.meter.start_step()
-        yield 1
-        self.dry.meter.finish_step()
-
-    def log(self, step: int, loss_sum: Any, grad_norm: Any, lr: float) -> None:
-        metrics.start_sum(loss_sum, grad_norm, stop=False)  # it is sent; nothing can be read
-
-    def wants_evaluation(self, step: int) -> bool:
-        return False
-
-    def end_step(self, *_: Any) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-
-class Stage(pipelining.PipelineStage):
-    """Stages usually send each other the shapes of what they exchange; here they are told."""
-
-    dry: "DryRun"
-
-    def __init__(self, part: torch.nn.Module, number: int, count: int, device: torch.device, **more) -> None:
-        config = self.dry.config
-        self.dry.parts.append(part)
-        batch, sequence = config.batch.micro_size or self.dry.micro_size, config.data.sequence_length
-        dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
-        low = torch.bfloat16 if config.train.precision == "bf16" and isinstance(part, FSDPModule) else dtype
-        cut = config.mesh.tp if getattr(config, "sequence_parallel", False) else 1
-        hidden = torch.empty(batch, sequence // cut, config.model.width, dtype=low, requires_grad=True)
-        first = torch.empty(batch, sequence, dtype=torch.int64)
-        last = torch.empty(1, dtype=dtype, requires_grad=True)
-        inputs, outputs = first if number == 0 else hidden, last if number == count - 1 else hidden
-        super().__init__(part, number, count, device, input_args=inputs, output_args=outputs, **more)
 
 
 class DryRun:
@@ -277,7 +164,7 @@ class DryRun:
             (data, "text_datasets", lambda config, _: (NoText(config.sequence_length),) * 2),
             (data_sharding, "BatchPlan", of_this(Plan)),
             (data_sharding, "Loader", NoLoader),
-            (run, "Run", of_this(Record)),
+            (run, "Run", of_this(MeasuredRun)),
             (Transformer, "compile_blocks", lambda *_, **__: None),
             (torch.nn.Module, "_apply", apply),
             (ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate),
@@ -286,36 +173,3 @@ class DryRun:
             (pipelining, "PipelineStage", of_this(Stage)),
             (torch.nn.parallel, "DistributedDataParallel", no_data_parallel),
         ]
-
-
-@contextlib.contextmanager
-def loaded(script: Path) -> Iterator[ModuleType]:
-    """The script as a module, its folder on the path as python has it; then both are forgotten."""
-    folder = str(script.resolve().parent)
-    names = {path.stem for path in Path(folder).glob("*.py")} & set(sys.modules)
-    hidden = {name: sys.modules.pop(name) for name in names}  # another lesson may have a file of the same name
-    before = set(sys.modules)
-    sys.path.insert(0, folder)
-    try:
-        spec = importlib.util.spec_from_file_location(f"dry_run_of_{script.stem}", script)
-        if spec is None or spec.loader is None or not script.is_file():
-            fail(f"{script}: no such script; expected a lesson's, such as fsdp/train.py; give its path")
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where settings look up their types
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(folder)
-        for name in set(sys.modules) - before:
-            if (getattr(sys.modules[name], "__file__", None) or "").startswith(folder + "/"):
-                del sys.modules[name]
-        sys.modules.update(hidden)
-
-
-def config_class(lesson: ModuleType, script: Path) -> type:
-    """The settings that the script's `main` takes."""
-    main = getattr(lesson, "main", None)
-    kinds = [p.annotation for p in inspect.signature(main).parameters.values()] if callable(main) else []
-    takes_settings = len(kinds) == 1 and isinstance(kinds[0], type) and issubclass(kinds[0], settings.Config)
-    if not takes_settings or not hasattr(lesson, "Run"):  # which is what tells where a step begins
-        fail(f"{script} has no main(config) that trains the transformer; expected a lesson's train.py or its like")
-    return kinds[0]

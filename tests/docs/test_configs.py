@@ -8,7 +8,7 @@ import yaml
 from launching import ROOT
 
 from common.config import parse, to_dict
-from planner.fake_ranks import loaded
+from planner.script import loaded
 
 DEFAULT = {"model_parallel": "model_parallel/tensor_parallel.py"}  # what a job file runs that is not told otherwise
 FILES = sorted(ROOT.glob("*/configs/*.yaml"))
