@@ -35,6 +35,7 @@ from report import (
 )
 from tqdm import tqdm
 
+from common.config_fields import to_path
 from common.ranks import fail
 
 # What is compared, the base first: name, and how it is started.
@@ -141,7 +142,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60, help="in each run (default 60)")
     parser.add_argument("--warmup", type=int, default=10, help="first steps that do not count (default 10)")
     parser.add_argument("--threads", type=int, help="OMP_NUM_THREADS; default: cores / ranks")
-    parser.add_argument("--output", type=Path, help="also write the result as JSON, and a picture of it beside")
+    parser.add_argument("--output", type=to_path, help="also write the result as JSON, and a picture of it beside")
     at = words.index("--") if "--" in words else len(words)
     options = parser.parse_args(words[:at], argparse.Namespace(settings=words[at + 1 :]))
     if min(options.ranks, options.rounds) < 1 or options.steps <= options.warmup:

@@ -28,6 +28,7 @@ from report import date, git_commit, write_json  # beside this file
 from tqdm import tqdm
 
 from common import manifest
+from common.config_fields import to_path
 from common.ranks import fail
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
@@ -189,7 +190,7 @@ def main() -> None:
     parser.add_argument("--within", type=float, default=1.0, help="random kills come within so many seconds (1.0)")
     parser.add_argument("--patience", type=float, default=120, help="seconds to wait for a new step (default 120)")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments (default 0)")
-    parser.add_argument("--output", type=Path, help="also write the result as JSON")
+    parser.add_argument("--output", type=to_path, help="also write the result as JSON")
     words = sys.argv[1:]
     at = words.index("--") if "--" in words else len(words)
     options = parser.parse_args(words[:at], argparse.Namespace(settings=words[at + 1 :]))

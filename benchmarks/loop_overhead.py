@@ -25,7 +25,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +47,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from common.config import Config, TrainConfig
+from common.config_fields import to_path
 from common.data import TextConfig, text_datasets
 from common.data_sharding import BatchConfig, BatchPlan, Loader
 from common.flops import flops_per_token
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=default, help="default: mini tiny")
     parser.add_argument("--pairs", type=int, default=40, help="turns of each loop (default: 40)")
     parser.add_argument("--steps", type=int, help="steps per turn (default: 20, 2 and 5 by size)")
-    parser.add_argument("--output", type=Path, help="also write the result to this JSON file")
+    parser.add_argument("--output", type=to_path, help="also write the result to this JSON file")
     options = parser.parse_args()
     if options.pairs < 1 or (options.steps is not None and options.steps < 1):
         fail(f"--pairs {options.pairs} and --steps {options.steps} must both be at least 1")

@@ -20,7 +20,6 @@ files are read into tensors of NaN and compared, bit by bit, with the state of t
 
 import argparse
 import logging
-import os
 import platform
 import shutil
 import statistics
@@ -60,7 +59,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
-from common.config import Config
+from common.config import Config, runs_dir
+from common.config_fields import to_path
 from common.data_sharding import BatchConfig, derive_seed
 from common.optimizer import OptimizerConfig, build_optimizer
 from common.ranks import Ranks, fail, join
@@ -247,15 +247,17 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     add("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY", help="default: all five")
     add("--rounds", type=int, default=5, help="saves in each way, after one to warm up (default: 5)")
     add(
-        "--folder", type=Path, help="where to write the checkpoints, on the disk to measure (default: RUNS_DIR or runs)"
+        "--folder",
+        type=to_path,
+        help="where to write the checkpoints, on the disk to measure (default: RUNS_DIR or runs)",
     )
-    add("--output", type=Path, help="also write the result to this JSON file")
+    add("--output", type=to_path, help="also write the result to this JSON file")
     options = parser.parse_args(words)
     if options.rounds < 1:
         fail(f"--rounds {options.rounds} cannot work; allowed: 1 or more")
     if len(set(options.ways)) < len(options.ways):
         fail(f"--ways {' '.join(options.ways)} names one twice; give each once")
-    options.folder = options.folder or Path(os.environ.get("RUNS_DIR", "runs"))
+    options.folder = options.folder or runs_dir()
     return options
 
 

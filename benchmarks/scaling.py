@@ -28,7 +28,6 @@ compute as before, and credits a model that grew by less than the ranks.
 """
 
 import argparse
-import os
 import shlex
 import shutil
 import signal
@@ -57,6 +56,8 @@ from scaling_arithmetic import MODES, formulas, summarize, uneven_share_warnings
 from scaling_report import plot, table
 from tqdm import tqdm
 
+from common.config import runs_dir
+from common.config_fields import to_path
 from common.ranks import fail
 
 OURS = ("--train.steps", "--run_name", "--runs_dir", "--resume")  # what this driver sets for every run
@@ -164,13 +165,17 @@ def parse_arguments(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--ranks", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="rank counts (default: 1 2 4)")
     add("--mode", choices=list(MODES), default="strong", help="what grows with the ranks (default: strong, nothing)")
     add(
-        "--configs", type=Path, nargs="+", metavar="FILE", help="--mode model: one config for each of --ranks, in order"
+        "--configs",
+        type=to_path,
+        nargs="+",
+        metavar="FILE",
+        help="--mode model: one config for each of --ranks, in order",
     )
     add("--repeats", type=int, default=3, help="rounds over all rank counts (default: 3)")
     add("--steps", type=int, default=30, help="training steps of each run (default: 30)")
     add("--warmup", type=int, default=5, help="first steps that do not count (default: 5)")
     add("--threads", type=int, default=1, help="OMP_NUM_THREADS of each rank, at all counts (default: 1)")
-    add("--output", type=Path, help="folder for the results (default: a new one beside the run folders)")
+    add("--output", type=to_path, help="folder for the results (default: a new one beside the run folders)")
     add("--launch", metavar="TEMPLATE", help="what starts SCRIPT, with {ranks} and {nodes} filled in")
     add("--ranks-per-node", type=int, help="to fill in {nodes} (default: all ranks on one node)")
     options = parser.parse_args(own)
@@ -213,7 +218,7 @@ def main() -> None:
     options, script_arguments = parse_arguments(sys.argv[1:])
     if options.output is None:
         name = f"scaling-{Path(options.script).stem}-{options.mode}-{time.strftime('%Y%m%d-%H%M%S')}"
-        options.output = Path(os.environ.get("RUNS_DIR", "runs")) / name
+        options.output = runs_dir() / name
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -8,6 +8,8 @@ from typing import Literal
 
 from bandwidth_operations import RUN
 
+from common.config_fields import PathText
+
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -31,9 +33,9 @@ class BandwidthConfig:
     """auto: every GPU if there is one, else the CPU."""
     network_profile: str = "default"
     """Which NCCL and Gloo variables to set; see python slurm/network.py --explain."""
-    json: str | None = None
+    json: PathText | None = None
     """Write all results to this file."""
-    plot: str | None = None
+    plot: PathText | None = None
     """Draw time and bandwidth over size into this PNG."""
     minimum_gbytes_per_second: float | None = None
     """Exit code 3 when the bus bandwidth of the one collective at the largest size, over all ranks, is below."""

@@ -27,6 +27,7 @@ from bandwidth_settings import BandwidthConfig
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from common.config import parse
+from common.config_fields import PathText
 from common.ranks import Ranks, fail, join
 
 
@@ -160,7 +161,7 @@ class RingConfig:
     """How often each size is timed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: every GPU if there is one, else the CPU."""
-    plot: str | None = None
+    plot: PathText | None = None
     """Draw measurement and model into this PNG."""
 
     def __post_init__(self) -> None:

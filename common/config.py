@@ -15,18 +15,20 @@ import os
 import re
 import sys
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 import yaml
 
-from common.config_fields import Setting, find_settings, help_text
+from common.config_fields import PathText, Setting, expand_path, find_settings, help_text, type_hints
 from common.data import TextConfig
 from common.data_sharding import BatchConfig
 from common.manifest import CheckpointConfig
 from common.optimizer import OptimizerConfig
 from common.ranks import fail
+from common.strict_files import read_json, read_yaml
 from common.transformer import ModelConfig
 
 COMMAND_LINE = "command line"  # where a value stands, in messages, unless it stands in a file
@@ -67,7 +69,7 @@ class RunConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    resume: str = "auto"
+    resume: PathText = "auto"
     """auto: go on where the run of this name stopped, if there is one; never: refuse a run name that exists; or the
     folder of a run or of one checkpoint to start from."""
     seed: int = 1234
@@ -76,7 +78,7 @@ class RunConfig:
     """auto: this rank's GPU if there is one, else the CPU, unless the variable DEVICE says which."""
     run_name: str | None = None
     """Name of the folder under runs_dir; by default made unique, and under Slurm made of the job id."""
-    runs_dir: str = field(default_factory=lambda: os.environ.get("RUNS_DIR", "runs"))
+    runs_dir: PathText = field(default_factory=lambda: os.environ.get("RUNS_DIR") or "runs")
     """Where run folders go (default: the variable RUNS_DIR, else runs)."""
     timeout_s: float = 600.0
     """Seconds after which a collective that a rank did not enter becomes an error."""
@@ -88,7 +90,7 @@ class RunConfig:
     """Also log to Weights & Biases (needs the package, and its key in the environment)."""
 
     def __post_init__(self) -> None:
-        _check(self.timeout_s > 0, "timeout_s", self.timeout_s, "more than 0")
+        _check(0 < self.timeout_s <= 1e6, "timeout_s", self.timeout_s, "more than 0, at most 1e6")
         if self.run_name is not None:
             legal = re.fullmatch(r"[\w][\w.=+-]*", self.run_name)
             _check(bool(legal), "run_name", self.run_name, "letters, digits and . _ = + - (it names a folder)")
@@ -113,25 +115,32 @@ def _check(condition: bool, key: str, value: object, allowed: str) -> None:
         raise ValueError(f"{key} = {value!r} cannot work; allowed: {allowed}")
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
-        holds_keys = isinstance(value, dict) and value
-        flat |= _flatten(value, f"{prefix}{key}.") if holds_keys else {f"{prefix}{key}": value}
-    return flat
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
-def _read_file(path: str) -> dict[str, object]:
+def _read_file(path: str) -> dict[str, Any]:
     """Return the settings of a YAML or JSON file by dotted name, not checked yet."""
-    if not Path(path).is_file():
-        fail(f"config file {path} does not exist (looked in {Path(path).resolve().parent})")
     try:
-        tree = yaml.safe_load(Path(path).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        fail(f"{path}: not valid YAML or JSON: {error}")
+        file = expand_path(path)
+        if not os.path.isfile(file):
+            found = "is no file" if os.path.lexists(file) else "does not exist"
+            fail(f"config file {path} {found} (looked in {os.path.dirname(os.path.abspath(file))})")
+        tree = (read_json if file.endswith(".json") else read_yaml)(file)
+    except ValueError as error:
+        fail(str(error))
     if not isinstance(tree, dict | None):
         fail(f"{path}: expected settings such as 'train: {{steps: 50}}', found {tree!r:.60}")
-    return _flatten(tree or {})
+    pairs = list(_flatten(tree or {}))
+    flat = dict(pairs)
+    for key in flat if len(flat) < len(pairs) else ():
+        if sum(name == key for name, _ in pairs) > 1:
+            fail(f"{path}: {key} is given twice, by its dotted name and in its section; keep one")
+    return flat
 
 
 def _read_command_line(arguments: list[str]) -> list[tuple[str, str | None]]:
@@ -164,28 +173,55 @@ def _read_value(source: str, key: str, value: Any, settings: dict[str, Setting])
     """Return a value as the type of its setting; end the program if the setting does not exist or cannot have it."""
     if inside := [name for name in settings if name.startswith(f"{key}.")]:
         fail(f"{source}: {key} = {value!r}, but {key} is a section; expected settings in it, such as {inside[0]}")
+    if above := [name for name in settings if key.startswith(f"{name}.")]:
+        fail(f"{source}: {key} = {value!r:.60}, but {above[0]} is no section; allowed: {settings[above[0]].allowed}")
     if key not in settings:
         _fail_unknown(source, key, value, list(settings))
     setting = settings[key]
     try:
         return setting.convert_text(value) if source == COMMAND_LINE else setting.convert(value)
-    except ValueError:
-        shown = value if isinstance(value, str) else json.dumps(value, default=str)
-        advice = "; put it in quotes" if setting.hint is str and not isinstance(value, list | dict) else ""
-        fail(f"{source}: {key} = {shown} has the wrong type or value; allowed: {setting.allowed}{advice}")
+    except (ValueError, OverflowError) as error:
+        shown = value if isinstance(value, str) and value else json.dumps(value, default=str)
+        reason = f" ({error})" if str(error) else ""
+        advice = "; put it in quotes" if setting.hint is str and not isinstance(value, str | list | dict) else ""
+        allowed = f"allowed: {setting.allowed}{advice}"
+        fail(f"{source}: {key} = {shown:.80} has the wrong type or value{reason}; {allowed}")
 
 
 def _build(config_class: type[ConfigT], values: dict[str, Any], prefix: str = "") -> ConfigT:
     """Return the config, with the values by dotted name given to it and to its sections."""
     given: dict[str, Any] = {}
-    hints = typing.get_type_hints(config_class)
-    for item in dataclasses.fields(typing.cast(Any, config_class)):
+    fields, hints = dataclasses.fields(typing.cast(Any, config_class)), type_hints(typing.cast(Any, config_class))
+    for item in fields:
         name = prefix + item.name
         if dataclasses.is_dataclass(hints[item.name]):
             given[item.name] = _build(hints[item.name], values, f"{name}.")
         elif name in values:
             given[item.name] = values[name]
     return config_class(**given)
+
+
+def _resolve(config_class: type[ConfigT], given: list[tuple[str, str, Any]]) -> ConfigT:
+    """Return the config of what is given as (source, key, value), the last of a key; what cannot work ends the program.
+
+    A path that comes from the environment by default is expanded like one that is given.
+    """
+    settings = find_settings(config_class)
+    sections = {name.rpartition(".")[0] for name in settings}
+    given = [(source, key, value) for source, key, value in given if not (key in sections and value in (None, {}))]
+    paths = {key: setting.value for key, setting in settings.items() if setting.is_path and setting.value}
+    keys = {key for _, key, _ in given}
+    defaults = [("default", key, value) for key, value in paths.items() if key not in keys]
+    values = {key: _read_value(source, key, value, settings) for source, key, value in defaults + given}
+    try:
+        config = _build(config_class, values)
+        for key, value in _flatten(to_dict(config)):
+            for item in value if isinstance(value, list) else [value]:
+                _check(not isinstance(item, int | float) or item >= 0, key, value, "0 or more")
+    except ValueError as error:  # from the __post_init__ of a section
+        sources = [source for source, key, _ in given if key in str(error)] or [source for source, *_ in given]
+        fail(f"{', '.join(dict.fromkeys(sources)) or 'defaults'}: {error}")
+    return config
 
 
 def parse(config_class: type[ConfigT], arguments: list[str] | None = None) -> ConfigT:
@@ -208,27 +244,20 @@ def parse(config_class: type[ConfigT], arguments: list[str] | None = None) -> Co
     settings = find_settings(config_class)
     flags = _read_command_line(arguments)
     for key, text in flags:
-        if text is None and (key == "config" or key in settings):
+        if (text is None and key in settings) or (not text and key == "config"):
             fail(f"{COMMAND_LINE}: --{key}: expected one argument")
-    sections = {name.rpartition(".")[0] for name in settings}
-    given = [
-        (str(file), key, value)
-        for flag, file in flags
-        if flag == "config"
-        for key, value in _read_file(str(file)).items()
-        if not (key in sections and value in (None, {}))  # a section with nothing in it
-    ]
+    given = [(str(file), *pair) for flag, file in flags if flag == "config" for pair in _read_file(str(file)).items()]
     given += [(COMMAND_LINE, key, text or "") for key, text in flags if key not in ("config", "print_config")]
-    values = {key: _read_value(source, key, value, settings) for source, key, value in given}
-    try:
-        config = _build(config_class, values)
-    except ValueError as error:  # from the __post_init__ of a section
-        sources = [source for source, key, _ in given if key in str(error)] or [source for source, *_ in given]
-        fail(f"{', '.join(dict.fromkeys(sources)) or 'defaults'}: {error}")
+    config = _resolve(config_class, given)
     if "print_config" in dict(flags):
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
         raise SystemExit(0)
     return config
+
+
+def runs_dir() -> Path:
+    """Return the folder for new runs: the variable RUNS_DIR, else runs. SystemExit: a variable in it is not set."""
+    return Path(_resolve(RunConfig, []).runs_dir)
 
 
 def read_run_config(folder: Path) -> Config:
@@ -237,21 +266,15 @@ def read_run_config(folder: Path) -> Config:
     Other settings have their defaults. A run's script may have sections of its own (fsdp, mesh, deepspeed …).
 
     Raises:
-        ValueError: the run's model is no transformer, its data are no text, or the file is not valid YAML.
+        ValueError: the run's model is no transformer, or its data are no text.
+        SystemExit: (exit code 2) the file is not valid YAML, or has values that cannot work.
     """
-    path = folder / "config.yaml"
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from None
-    sections = {"model": ModelConfig, "data": TextConfig, "batch": BatchConfig}
-    wanted = {name: tree.get(name) or {} for name in sections}
-    given = _flatten({name: section for name, section in wanted.items() if section})
-    if unknown := given.keys() - find_settings(Config).keys():
-        raise ValueError(f"{path}: {sorted(unknown)[0]} is no setting of a transformer that trains on text")
-    precision = tree.get("train", {}).get("precision", "fp32")
-    values = {name: section(**wanted[name]) for name, section in sections.items()}
-    return Config(train=TrainConfig(precision=precision), seed=tree.get("seed", 1234), **values)
+    path = str(folder / "config.yaml")
+    wanted = ("model", "data", "batch", "seed", "train.precision")
+    given = [(path, key, value) for key, value in _read_file(path).items() if key.startswith(wanted)]
+    if unknown := {key for _, key, _ in given} - {*find_settings(Config), "model", "data", "batch"}:
+        raise ValueError(f"{path}: {min(unknown)} is no setting of a transformer that trains on text")
+    return _resolve(Config, given)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

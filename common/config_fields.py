@@ -1,10 +1,14 @@
 """What a config class holds: its settings by dotted name, what each of them takes, and the text of `--help`."""
 
+import argparse
 import ast
 import dataclasses
+import functools
 import inspect
 import itertools
 import json
+import math
+import os
 import re
 import shutil
 import sys
@@ -12,21 +16,26 @@ import textwrap
 import types
 import typing
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
-import yaml
+from common.strict_files import yaml_value
 
+PathText = Annotated[str, "path"]  # the type of a setting that names a file or folder
 FIRST_SECTIONS = ("train", "batch", "optimizer", "model", "data", "checkpoint")  # in --help; then the lesson's own
 TEXT_TO_YAML = re.compile(r"(?=.*[.eE])[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")  # 1e-3, 1e3, -.5
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting: its type, whether null is a value too, and its default as a config file has it."""
+    """One setting: its type, whether null is a value too, and its default: as it is, and as a config file has it."""
 
     hint: Any
     takes_null: bool
+    value: Any
     default: str
+    is_path: bool
 
     @property
     def allowed(self) -> str:
@@ -34,24 +43,34 @@ class Setting:
         return type_words(self.hint) + (" or null" if self.takes_null else "")
 
     def convert(self, value: object) -> Any:
-        """Return a value of a config file as the type of the setting. Raises ValueError if it is not of that type."""
-        return None if value is None and self.takes_null else _convert(value, self.hint)
+        """Return a value of a config file as the type of the setting.
+
+        Raises:
+            ValueError: it is not of that type, or none that a setting can have; in words, if they say more.
+        """
+        if (value is None and self.takes_null) or (value == self.value == ""):
+            return value
+        if value == self.value == math.inf:  # not finite, but this setting's default is it as well
+            return value
+        converted = _convert(value, self.hint)
+        return expand_path(converted) if self.is_path else converted
 
     def convert_text(self, text: str) -> Any:
         """Return a value of the command line, which is YAML unless the setting takes text. Raises ValueError."""
         is_text = self.hint is str or any(isinstance(choice, str) for choice in typing.get_args(self.hint))
-        if is_text and not (text == "null" and self.takes_null):
-            return _convert(text, self.hint)
-        try:
-            return self.convert(yaml.safe_load(text))
-        except yaml.YAMLError as error:
-            raise ValueError from error
+        return self.convert(text if is_text and not (text == "null" and self.takes_null) else yaml_value(text))
+
+
+@functools.cache
+def type_hints(config_class: type) -> dict[str, Any]:
+    """Return the types of a dataclass's fields; that of a path is still `PathText`."""
+    return typing.get_type_hints(config_class, include_extras=True)
 
 
 def find_settings(config_class: type, prefix: str = "") -> dict[str, Setting]:
     """Return every setting of a config class by its dotted name. Sections are not settings, but what they hold is."""
     settings: dict[str, Setting] = {}
-    hints = typing.get_type_hints(config_class)
+    hints = type_hints(config_class)
     for item in dataclasses.fields(config_class):
         name, hint = prefix + item.name, hints[item.name]
         if dataclasses.is_dataclass(hint):
@@ -62,8 +81,31 @@ def find_settings(config_class: type, prefix: str = "") -> dict[str, Setting]:
         alternatives = typing.get_args(hint) if is_union else (hint,)
         takes_null = default is None or type(None) in alternatives
         shown = item.metadata.get("default") or (default if isinstance(default, str) else json.dumps(default))
-        settings[name] = Setting(alternatives[0], takes_null, shown or '""')
+        is_path = alternatives[0] is PathText
+        settings[name] = Setting(str if is_path else alternatives[0], takes_null, default, shown or '""', is_path)
     return settings
+
+
+def expand_path(text: str) -> str:
+    """Return a path with `~`, `$NAME` and `${NAME}` replaced, as a shell does. Raises ValueError if it cannot be."""
+
+    def value(name: re.Match[str]) -> str:
+        if not (found := os.environ.get(name[1] or name[2])):
+            raise ValueError(f"the variable {name[1] or name[2]} is not set")
+        return found
+
+    home = os.path.expanduser(text)
+    if home.startswith("~"):
+        raise ValueError(f"there is no user {home.split('/')[0][1:]}; write ./{text} for a name that begins with ~")
+    return re.sub(r"\$(?:(\w+)|\{(\w+)\})", value, home)
+
+
+def to_path(text: str) -> Path:
+    """Return a path of a command line that argparse reads, expanded."""
+    try:
+        return Path(expand_path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _convert(value: Any, hint: Any) -> Any:
@@ -79,8 +121,14 @@ def _convert(value: Any, hint: Any) -> Any:
     elif hint is float:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number or (isinstance(value, str) and TEXT_TO_YAML.fullmatch(value)):
+            if not math.isfinite(float(value)):
+                raise ValueError("it is not finite")
             return float(value)
     elif type(value) is hint:
+        if hint is int and abs(value) >= 2**63:
+            raise ValueError("it has more than 64 bits")
+        if hint is str and (not value.strip() or UNPRINTABLE.search(value)):
+            raise ValueError("it holds a character that no name has" if value.strip() else "it is empty")
         return value
     raise ValueError
 

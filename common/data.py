@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from common.config_fields import PathText
 from common.ranks import fail
 
 
@@ -25,7 +26,7 @@ class TextConfig:
 
     source: Literal["text", "tokens"] = "text"
     """text: the embedded corpus as bytes, or a UTF-8 file; tokens: a folder made by python tools/tokenize_text.py."""
-    path: str | None = None
+    path: PathText | None = None
     """A text file, or the folder with train.bin and validation.bin."""
     sequence_length: int = 128
     """Tokens per sample."""

@@ -33,12 +33,12 @@ class OptimizerConfig:
     """Largest global gradient norm."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.clip <= 0:
+        if not (self.lr > 0 and self.clip > 0):  # nor nan, which is neither
             found = f"optimizer.lr = {self.lr} and optimizer.clip = {self.clip}"
             raise ValueError(f"{found} must both be above 0")
         if not (0 <= self.betas[0] < 1 and 0 <= self.betas[1] < 1):
             raise ValueError(f"optimizer.betas = {self.betas} must lie between 0 and 1 (1 excluded)")
-        if self.warmup_steps < 0 or self.weight_decay < 0 or not 0 <= self.min_lr_ratio <= 1:
+        if self.warmup_steps < 0 or not self.weight_decay >= 0 or not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(
                 f"optimizer.warmup_steps = {self.warmup_steps} and optimizer.weight_decay = "
                 f"{self.weight_decay} must be 0 or more, and optimizer.min_lr_ratio = {self.min_lr_ratio} "

@@ -15,7 +15,10 @@ MOST_BYTES, MOST_NODES, MOST_LEVELS = 2**18, 10_000, 50  # of a YAML file; setti
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema); whatever looks different is text."""
+    """Plain values as YAML 1.1 and 1.2 both read them (https://yaml.org/spec/1.2.2/#103-core-schema); all else is text.
+
+    So text that `yaml` wrote without quotes is text here, too.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -62,7 +65,7 @@ for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", "true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("int", r"[-+]?(?:0|[1-9][0-9_]*)", list("-+0123456789")),
-    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?", list("-+0123456789.")),
+    ("float", r"(?:[-+]?[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+][0-9]+)?", list("-+0123456789.")),
     ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", list("-+.")),
     ("merge", "<<", ["<"]),
 ):

@@ -101,7 +101,7 @@ class ModelConfig:
             self.head_size = self.width // self.heads
         for field, value in dataclasses.asdict(self).items():
             least = 0 if field == "experts" else 1 if isinstance(value, int) else 1e-12
-            if isinstance(value, int | float) and not isinstance(value, bool) and value < least:
+            if isinstance(value, int | float) and not isinstance(value, bool) and not value >= least:
                 raise ValueError(f"model.{field} is {value}; expected at least {least}; raise it")
         for field, divisor in (("width", "heads"), ("heads", "kv_heads")):
             number, parts = getattr(self, field), getattr(self, divisor)

@@ -39,7 +39,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import profile, record_function
 
-from common.config import parse
+from common.config import parse, runs_dir
+from common.config_fields import PathText
 from common.data_sharding import BatchConfig, BatchPlan, derive_seed
 from common.ranks import Ranks, fail, join
 from common.transformer import ModelConfig, Transformer
@@ -72,7 +73,7 @@ class RandomText:
 class OverlapConfig:
     bucket_cap_mb: float = 1.0
     """DDP's limit for a bucket, in MiB; a quarter of it, torch's default and no limit at all are tried too."""
-    output: str | None = None
+    output: PathText | None = None
     """Folder to write to; by default a new one under runs, or under the variable RUNS_DIR."""
     train: Steps = field(default_factory=Steps)
     batch: Batch = field(default_factory=Batch)
@@ -84,9 +85,9 @@ class OverlapConfig:
 
     def __post_init__(self) -> None:
         length, longest = self.data.sequence_length, self.model.max_sequence
-        if self.bucket_cap_mb <= 0 or self.train.steps < 1 or not 1 <= length <= longest:
+        if not 0 < self.bucket_cap_mb <= 1e6 or self.train.steps < 1 or not 1 <= length <= longest:
             raise ValueError(
-                f"bucket_cap_mb = {self.bucket_cap_mb} must be above 0, train.steps = {self.train.steps} "
+                f"bucket_cap_mb = {self.bucket_cap_mb} must be above 0, at most 1e6, train.steps = {self.train.steps} "
                 f"at least 1, and data.sequence_length = {length} 1 to model.max_sequence = {longest}"
             )
 
@@ -330,7 +331,7 @@ def main(config: OverlapConfig) -> None:
 def open_folder(output: str | None) -> Path:
     """Make the output folder; called on rank 0. Raises OSError where it cannot be made or written."""
     name = f"ddp-communication_overlap-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(output or Path(os.environ.get("RUNS_DIR", "runs"), name))
+    folder = Path(output or runs_dir() / name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "results.json").touch()

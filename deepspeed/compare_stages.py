@@ -30,6 +30,8 @@ import psutil
 from stage_runs import measure
 from stage_table import print_table, read_results
 
+from common.config import runs_dir
+from common.config_fields import to_path
 from common.ranks import fail
 
 CONFIGS = Path(__file__).with_name("configs")
@@ -92,16 +94,16 @@ def read_options() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail  # type: ignore[method-assign]
     parser.add_argument("--rows", nargs="+", default=list(ROWS), help=f"of {', '.join(ROWS)} (default: all)")
-    parser.add_argument("--configs", nargs="+", type=Path, help="DeepSpeed's JSON files, instead of --rows")
+    parser.add_argument("--configs", nargs="+", type=to_path, help="DeepSpeed's JSON files, instead of --rows")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--ranks-per-node", type=int, help="default: all of them")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--launch", help="a launcher's command with {ranks} and {nodes} in it (default: torchrun)")
-    parser.add_argument("--output", type=Path, help="a new folder (default: runs/compare_stages-<time>)")
+    parser.add_argument("--output", type=to_path, help="a new folder (default: runs/compare_stages-<time>)")
     parser.add_argument("--width", type=int, default=512, help="of the random model, used without --model_path")
     parser.add_argument("--layers", type=int, default=4, help="likewise")
-    parser.add_argument("--table", type=Path, help="print the table of this results.json, and run nothing")
+    parser.add_argument("--table", type=to_path, help="print the table of this results.json, and run nothing")
     options = parser.parse_args(ours)
     options.ranks_per_node = options.ranks_per_node or options.ranks
     if unknown := sorted(set(options.rows) - set(ROWS)):
@@ -117,8 +119,7 @@ def read_options() -> tuple[argparse.Namespace, list[str]]:
         return options, theirs
     if options.launch and not shutil.which(program := shlex.split(options.launch)[0]):
         fail(f"--launch {options.launch}: {program} is no program here; expected a launcher such as srun or mpirun")
-    runs = os.environ.get("RUNS_DIR", "runs")
-    options.output = options.output or Path(runs) / f"compare_stages-{time.strftime('%Y%m%d-%H%M%S')}"
+    options.output = options.output or runs_dir() / f"compare_stages-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         options.output.mkdir(parents=True)
     except OSError as error:

@@ -28,6 +28,7 @@ from own_checkpoint import settings_of
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
+from common.config_fields import to_path
 from common.hf_weights import save_hugging_face
 from common.ranks import fail, single_process
 from common.transformer import Transformer
@@ -131,8 +132,10 @@ def main() -> None:
     of = {}
     for function in (convert, universal):
         of[function] = commands.add_parser(function.__name__, help=function.__doc__)
-        of[function].add_argument("run_folder", type=Path, help="a folder written by save: config.yaml, checkpoints/")
-    of[convert].add_argument("--output", type=Path, required=True, help="the folder to write")
+        of[function].add_argument(
+            "run_folder", type=to_path, help="a folder written by save: config.yaml, checkpoints/"
+        )
+    of[convert].add_argument("--output", type=to_path, required=True, help="the folder to write")
     given = vars(parser.parse_args())
     return {"convert": convert, "universal": universal}[given.pop("command")](**given)
 

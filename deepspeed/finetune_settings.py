@@ -11,6 +11,7 @@ import torch
 from settings import export_local_rank
 from torch import nn
 
+from common.config_fields import PathText
 from common.manifest import checksum
 from common.ranks import Ranks, fail
 from finetuning.config import FinetuneConfig, FinetuneTrain
@@ -40,9 +41,9 @@ class TrainerConfig(FinetuneConfig):
     """The settings of this script."""
 
     train: TrainerTrain = field(default_factory=TrainerTrain)
-    deepspeed_config: str | None = None
+    deepspeed_config: PathText | None = None
     """A JSON file in DeepSpeed's own format; without one Trainer uses DDP, which is the baseline."""
-    nvme_path: str = ""
+    nvme_path: PathText = ""
     """Where parameters and optimizer state go if the file says nvme; default: the variable TMPDIR, else /tmp."""
 
     def __post_init__(self) -> None:

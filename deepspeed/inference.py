@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from common.config import parse
+from common.config_fields import PathText
 from common.hf_weights import save_hugging_face
 from common.ranks import Ranks, fail, join
 from common.transformer import ModelConfig, Transformer
@@ -36,7 +37,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2}  # of the logits, relative to the large
 
 @dataclass
 class InferenceConfig:
-    weights: str | None = None
+    weights: PathText | None = None
     """A folder in the format of transformers (config.json, model.safetensors); by default a random small Llama."""
     prompt: str = "To be, or not to be"
     """Its UTF-8 bytes are the tokens: what the models of this tutorial are trained on."""

@@ -9,7 +9,6 @@ a fingerprint of the fp32 weights, as those of convert_checkpoint.py do; it stay
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -34,7 +33,8 @@ from deepspeed.utils import safe_get_full_fp32_param
 from settings import start_deepspeed
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from common.config import parse, to_dict
+from common.config import parse, runs_dir, to_dict
+from common.config_fields import PathText, to_path
 from common.data import TextConfig, text_datasets
 from common.data_sharding import BatchConfig, BatchPlan, Loader
 from common.optimizer import OptimizerConfig, build_optimizer
@@ -44,7 +44,7 @@ from common.transformer import ModelConfig, Transformer, initial_weight
 
 @dataclass
 class SaveConfig:
-    output: str | None = None
+    output: PathText | None = None
     """The run folder to write; by default a new one under runs, or under the variable RUNS_DIR."""
     stage: Literal[1, 2, 3] = 3
     """ZeRO's stage. (Stage 0 has no shards.)"""
@@ -178,7 +178,7 @@ def gathered(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def open_folder(config: SaveConfig, ranks: Ranks) -> Path:
     """Make a run folder with the settings in it, on rank 0; one that cannot be made, or is used, ends all ranks."""
     name = f"deepspeed-checkpoint-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(ranks.broadcast(config.output or str(Path(os.environ.get("RUNS_DIR", "runs"), name))))
+    folder = Path(ranks.broadcast(config.output or str(runs_dir() / name)))
     problem = None
     if ranks.is_main:
         try:
@@ -205,7 +205,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     commands.add_parser("save", help=save.__doc__, add_help=False)  # its settings are read above
     options = commands.add_parser("resume", help=resume.__doc__)
-    options.add_argument("run_folder", type=Path, help="a folder written by save: config.yaml, checkpoints/")
+    options.add_argument("run_folder", type=to_path, help="a folder written by save: config.yaml, checkpoints/")
     options.add_argument("--steps", type=int, default=3, help="optimizer steps to go on (default 3)")
     return resume(**vars(parser.parse_args()))
 

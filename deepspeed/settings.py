@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from torch.nn.utils import clip_grad_norm_
 
 from common.config import Config
+from common.config_fields import PathText
 from common.data_sharding import BatchPlan
 from common.ranks import Ranks, fail
 
@@ -47,9 +48,9 @@ STRICT = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config,
 class DeepSpeedConfig(Config):
     """The common settings, and where DeepSpeed's are."""
 
-    deepspeed_config: str = "deepspeed/configs/zero2.json"
+    deepspeed_config: PathText = "deepspeed/configs/zero2.json"
     """A JSON file in DeepSpeed's own format. What is "auto" in it, or absent, is filled in from the settings here."""
-    nvme_path: str = ""
+    nvme_path: PathText = ""
     """Where parameters and optimizer state go if the file says nvme; default: the variable TMPDIR, else /tmp."""
 
 

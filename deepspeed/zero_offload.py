@@ -25,6 +25,7 @@ from settings import open_swap_folder, start_deepspeed
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from common.config import parse
+from common.config_fields import PathText
 from common.data_sharding import derive_seed
 from common.optimizer import OptimizerConfig, build_optimizer
 from common.ranks import Ranks, fail, join
@@ -50,7 +51,7 @@ class OffloadConfig:
     """Random tokens per rank and step."""
     pin_memory: bool = False
     """Page-lock what is off-loaded: copies to and from a GPU are faster. Without effect on the CPU."""
-    nvme_path: str = ""
+    nvme_path: PathText = ""
     """A folder on a disk of this node; default: the variable TMPDIR, else /tmp."""
     model: ModelConfig = field(default_factory=ModelConfig)
     seed: int = 1234

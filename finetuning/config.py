@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from common.config import RunConfig, TrainConfig
+from common.config_fields import PathText
 from finetuning.squad import QuestionsConfig
 
 
@@ -27,7 +28,7 @@ class FinetuneConfig(RunConfig):
 
     train: FinetuneTrain = field(default_factory=FinetuneTrain)
     data: QuestionsConfig = field(default_factory=QuestionsConfig)
-    model_path: str | None = None
+    model_path: PathText | None = None
     """A local folder in the Hugging Face format, with safetensors; by default a tiny Llama with random weights."""
     export: bool = True
     """Write what was trained to exported/ in the run folder when all steps are done."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.config_fields import PathText
 from common.data import standard_library_files
 from common.ranks import fail
 
@@ -20,9 +21,9 @@ from common.ranks import fail
 class QuestionsConfig:
     """Which questions, and how long prompt and answer may be."""
 
-    train: str | None = None
+    train: PathText | None = None
     """A JSON file in SQuAD's format (1.1 or 2.0); by default questions about Python's standard library."""
-    validation: str | None = None
+    validation: PathText | None = None
     """A JSON file in the same format; give train and validation together, or neither."""
     sequence_length: int = 160
     """Tokens of prompt and answer; every sample is padded to it, longer contexts are shortened."""

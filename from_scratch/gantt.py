@@ -16,6 +16,7 @@ import matplotlib
 from matplotlib import patches, pyplot
 from pipeline_parallel import SCHEDULES, ideal_bubble, order
 
+from common.config_fields import to_path
 from common.ranks import fail
 
 matplotlib.use("Agg")  # a file, no window
@@ -122,11 +123,11 @@ def draw(events: list[dict], title: str, file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("log", type=Path, nargs="?", help="folder of .jsonl files")
+    parser.add_argument("log", type=to_path, nargs="?", help="folder of .jsonl files")
     parser.add_argument("--simulate", choices=SCHEDULES, help="draw this schedule on ideal ranks instead of a log")
     for option, default in (("ranks", 4), ("micro_batches", 8), ("chunks", 1)):
         parser.add_argument(f"--{option}", type=int, default=default, help=f"for --simulate, default {default}")
-    parser.add_argument("--out", type=Path, default=Path("pipeline.png"))
+    parser.add_argument("--out", type=to_path, default=Path("pipeline.png"))
     args = parser.parse_args()
     if (args.log is None) == (args.simulate is None) or min(args.ranks, args.chunks) < 1:
         fail("expected a log's folder or --simulate, one of them, and at least 1 rank and chunk; see --help")

@@ -11,7 +11,6 @@ and sharded while training goes on; it fails if what was written meanwhile is no
 
 import argparse
 import hashlib
-import os
 import sys
 import tempfile
 import time
@@ -33,7 +32,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 
 from common import checkpoint, manifest
-from common.config import parse, to_dict
+from common.config import parse, runs_dir, to_dict
+from common.config_fields import PathText, to_path
 from common.data_sharding import derive_seed
 from common.hf_weights import save_hugging_face
 from common.meta_device import fill_shards
@@ -44,7 +44,7 @@ from common.transformer import ModelConfig, Transformer
 
 @dataclass
 class SaveConfig:
-    output: str | None = None
+    output: PathText | None = None
     """The run folder to write; by default a new one under runs, or under the variable RUNS_DIR."""
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -182,7 +182,7 @@ def report(
 def open_folder(output: str | None, settings: ShardedConfig, ranks: Ranks) -> Path:
     """Make a run folder with the settings in it, on rank 0; one that cannot be made, or is used, ends all ranks."""
     name = f"fsdp-checkpoint-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(ranks.broadcast(output or str(Path(os.environ.get("RUNS_DIR", "runs"), name))))
+    folder = Path(ranks.broadcast(output or str(runs_dir() / name)))
     problem = None
     if ranks.is_main:
         try:
@@ -271,8 +271,8 @@ def main() -> None:
     commands.add_parser("save", help=save.__doc__, add_help=False)  # its settings are read above
     for function in (load, export):
         command = commands.add_parser(function.__name__, help=function.__doc__)
-        command.add_argument("run_folder", type=Path, help="the folder of a run: config.yaml, checkpoints/")
-    command.add_argument("--output", type=Path, required=True, help="the file to write: model.safetensors")
+        command.add_argument("run_folder", type=to_path, help="the folder of a run: config.yaml, checkpoints/")
+    command.add_argument("--output", type=to_path, required=True, help="the file to write: model.safetensors")
     given = vars(parser.parse_args())
     return {"load": load, "export": export}[given.pop("command")](**given)
 

@@ -22,6 +22,7 @@ from pipeline_parallel import SCHEDULES, build_schedule, build_stages, run_sched
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from common.config import parse
+from common.config_fields import PathText
 from common.data import text_datasets
 from common.data_sharding import BatchPlan, Loader
 from common.ranks import Ranks, fail, join
@@ -35,7 +36,7 @@ Event = tuple[str, int, int, float, float]  # kind, stage, micro-batch, start an
 class TimelineConfig(PipelineConfig):
     """The settings of a pipeline; the schedule is each in turn."""
 
-    output: str = "timeline.png"
+    output: PathText = "timeline.png"
     """The picture to write: .png, .pdf or .svg, in a folder that exists."""
     repeats: int = 5
     """Steps measured of each schedule, after two to warm up."""

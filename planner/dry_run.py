@@ -17,11 +17,11 @@ import json
 import math
 import sys
 import time
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+from common.config_fields import to_path
 from common.ranks import fail
 from common.transformer import Transformer
 from planner.fake_ranks import DryRun
@@ -201,14 +201,14 @@ def main() -> None:
     usage = "%(prog)s SCRIPT --world_size N [options] [-- settings of the script]"
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser("planner/dry_run.py", usage, description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("script", type=Path, help="a lesson's script, such as fsdp/train.py")
+    parser.add_argument("script", type=to_path, help="a lesson's script, such as fsdp/train.py")
     parser.add_argument("--world_size", type=int, required=True, help="how many ranks there are to be")
     parser.add_argument("--rank", type=int, default=0, help="the rank to look at: stages of a pipeline differ")
     parser.add_argument(
         "--micro_batches", type=int, help="at most so many a step: two show all there is to see; of a pipeline more"
     )
     parser.add_argument("--device_memory_gib", type=float, help="say so if the peak is larger than this")
-    parser.add_argument("--json", type=Path, help="write the report to this file, too")
+    parser.add_argument("--json", type=to_path, help="write the report to this file, too")
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     options, of_script = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     if options.world_size < 1 or not 0 <= options.rank < options.world_size:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from common.config_fields import to_path
 from common.ranks import fail
 
 
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("--input", nargs="+", required=True, help="text files, or Hugging Face data sets")
     parser.add_argument("--column", default="text", help="column of the data set that holds the text")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, or a Hugging Face tokenizer (folder or name)")
-    parser.add_argument("--output", required=True, type=Path, help="folder for train.bin, validation.bin, meta.json")
+    parser.add_argument("--output", required=True, type=to_path, help="folder for train.bin, validation.bin, meta.json")
     arguments = parser.parse_args()
 
     if arguments.tokenizer == "bytes":

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from common.config_fields import PathText
 from common.ranks import fail
 
 
@@ -21,7 +22,7 @@ class ImageConfig:
 
     source: Literal["digits", "mnist", "cifar10", "folder"] = "digits"
     """digits (embedded), mnist and cifar10 (torchvision's files), or a folder with train/ and val/ by class."""
-    path: str | None = None
+    path: PathText | None = None
     """Where the files are; not needed for digits."""
     image_size: int | None = None
     """Side of the square images in pixels; by default that of the data set (224 for folders)."""

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 import yaml
 
-from common.config import Config, RunConfig, parse, to_dict
+from common.config import Config, RunConfig, parse, runs_dir, to_dict
 
 
 def error_line(capsys, *arguments):
@@ -47,6 +47,30 @@ def test_runs_dir_from_the_environment(monkeypatch):
     assert parse(Config, []).runs_dir == "/elsewhere"
 
 
+def test_home_and_variables_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.setenv("RUNS_DIR", "$SCRATCH/runs")
+    (tmp_path / "c.yaml").write_text("data: {path: ~/text}\nresume: ${SCRATCH}/runs/a\n")
+    config = parse(Config, ["--config=~/c.yaml"])
+    assert (config.runs_dir, config.data.path, config.resume) == (
+        "/scratch/me/runs",
+        f"{tmp_path}/text",
+        "/scratch/me/runs/a",
+    )
+    assert str(runs_dir()) == "/scratch/me/runs"
+    monkeypatch.setenv("RUNS_DIR", "")
+    assert parse(Config, []).runs_dir == "runs"
+    monkeypatch.setenv("RUNS_DIR", "$UNSET_VARIABLE/runs")
+    assert parse(Config, ["--runs_dir", "~"]).runs_dir == str(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "train:\n  # steps: 50\noptimizer: {}\n", "{}"])
+def test_what_is_commented_out_has_its_default(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    assert parse(Config, ["--config", f"{tmp_path}/c.yaml"]) == Config()
+
+
 def test_a_lesson_adds_its_own_section():
     @dataclass
     class Mesh:
@@ -83,6 +107,19 @@ def test_a_lesson_adds_its_own_section():
     ("optimizer: {betas: [0.9]}", ["c.yaml", "optimizer.betas = [0.9]", "list of 2 numbers"]),
     ("optimizer: {milestones: [1, 2.5]}", ["c.yaml", "optimizer.milestones = [1, 2.5]", "list of whole numbers"]),
     ("train: [", ["c.yaml", "not valid YAML"]),
+    ("train: {steps: 1}\nseed: 1\ntrain: {steps: 2}", ["c.yaml: line 3: train is given twice, first in line 1"]),
+    ("train: {steps: 1}\ntrain.steps: 2", ["c.yaml: train.steps is given twice, by its dotted name"]),
+    ("train: {steps: {a: 1}}", ["c.yaml: train.steps.a = 1, but train.steps is no section", "whole number"]),
+    ("optimizer: {lr: .nan}", ["c.yaml: optimizer.lr = NaN", "it is not finite", "number"]),
+    ("optimizer: {clip: .inf}", ["c.yaml: optimizer.clip = Infinity", "it is not finite"]),
+    ("seed: -1", ["c.yaml: seed = -1", "0 or more"]),
+    ("seed: 99999999999999999999", ["c.yaml: seed = 99999999999999999999", "more than 64 bits"]),
+    ("timeout_s: 1.0e+30", ["c.yaml: timeout_s = 1e+30", "at most 1e6"]),
+    ("train: {compile: yes}", ["c.yaml: train.compile = yes", "true or false"]),
+    ("train: {steps: 010}", ["c.yaml: train.steps = 010", "whole number"]),
+    ("data: {path: ''}", ["c.yaml: data.path = \"\"", "it is empty"]),
+    ("data: {path: $UNSET_VARIABLE/x}", ["data.path = $UNSET_VARIABLE/x", "the variable UNSET_VARIABLE is not set"]),
+    ("runs_dir: ~unknown_user/x", ["runs_dir = ~unknown_user/x", "there is no user unknown_user"]),
     ("just words", ["c.yaml", "expected settings"]),
 ])  # fmt: skip
 def test_wrong_file(tmp_path, capsys, text, words):
@@ -104,9 +141,17 @@ def test_wrong_file(tmp_path, capsys, text, words):
     (["--optimizer.milestones", "[1"], ["optimizer.milestones = [1", "list of whole numbers"]),
     (["--train.compile"], ["train.compile", "expected one argument"]),
     (["--timeout_s", "0"], ["timeout_s = 0"]),
+    (["--runs_dir="], ["command line: runs_dir = \"\"", "it is empty"]),
+    (["--resume="], ["command line: resume = \"\"", "it is empty"]),
+    (["--config="], ["config: expected one argument"]),
+    (["--config=loop.yaml"], ["loop.yaml", "is no file"]),
+    (["--config=a\0b"], ["does not exist"]),
+    (["--seed", "9" * 5000], ["seed = 9999", "more digits than Python reads"]),
     (["--device", "tpu"], ["device", "tpu", "one of auto, cpu, cuda"]),
 ])  # fmt: skip
-def test_wrong_command_line(capsys, arguments, words):
+def test_wrong_command_line(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
     line = error_line(capsys, *arguments)
     assert all(word in line for word in words), line
 
@@ -146,12 +191,12 @@ class Values:
 
 
 @pytest.mark.parametrize(("key", "text", "value"), [
-    ("flag", "true", True), ("flag", "false", False), ("rate", "1e-3", 1e-3), ("rate", "-1e-3", -1e-3),
-    ("rate", "2.5E3", 2500.0), ("rate", "3", 3.0), ("rate", "-.5", -0.5), ("count", "-3", -3), ("count", "1_000", 1000),
+    ("flag", "true", True), ("flag", "false", False), ("rate", "1e-3", 1e-3), ("rate", "+1e-3", 1e-3),
+    ("rate", "2.5E3", 2500.0), ("rate", "3", 3.0), ("rate", ".5", 0.5), ("count", "3", 3), ("count", "1_000", 1000),
     ("text", "a b", "a b"), ("text", "it's 5%", "it's 5%"), ("name", "null", None), ("size", "null", None),
     ("size", "7", 7),
     ("part", "null", None), ("part", "2e-1", 0.2), ("pair", "[0.8, 1]", (0.8, 1.0)),
-    ("pair", "[1e-3,-2]", (1e-3, -2.0)),
+    ("pair", "[1e-3,2]", (1e-3, 2.0)),
     ("names", "[q_proj, v_proj]", ["q_proj", "v_proj"]), ("names", "[]", []), ("steps", "null", None),
     ("steps", "[1, 2]", [1, 2]), ("when", "true", "true"), ("when", "both", "both"), ("stage", "2", 2),
     ("kind", "b", "b"), ("kind", "null", None),
@@ -183,7 +228,7 @@ def test_values_of_another_type(tmp_path, capsys, key, texts):
             assert f"{key} = " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["5", "true", "", "[1]", "1e-3", "a: b", "-x", "#"])
+@pytest.mark.parametrize("text", ["5", "true", "no", "[1]", "1e-3", "a: b", "-x", "#"])
 def test_text_on_the_command_line_is_not_yaml(text):
     assert parse(Values, ["--text", text]).text == text
     assert parse(Values, [f"--name={text}"]).name == text

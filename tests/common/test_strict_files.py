@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import yaml
 
 from common.strict_files import read_json, read_yaml
 
@@ -41,6 +42,28 @@ def test_yaml_values_are_what_they_look_like(tmp_path):
         (tmp_path / "c.yaml").write_text(f"on: {text}\n")
         (found,) = read_yaml(tmp_path / "c.yaml").items()
         assert (*found, type(found[1])) == ("on", value, type(value))
+
+
+def test_text_that_yaml_wrote_is_text_again(tmp_path):
+    texts = [
+        "1e3",
+        "1.5e3",
+        "-.5",
+        "010",
+        "yes",
+        "1:30",
+        "~",
+        "null",
+        "0x1f",
+        "<<",
+        "=",
+        "2026-01-02",
+        "5",
+        ".inf",
+        "a\tb",
+    ]
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(dict(zip(texts, texts, strict=True))))
+    assert list(read_yaml(tmp_path / "c.yaml").items()) == list(zip(*[sorted(texts)] * 2, strict=True))
 
 
 def test_a_value_may_be_repeated_by_name(tmp_path):
