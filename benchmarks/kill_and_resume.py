@@ -28,6 +28,7 @@ from report import date, git_commit, write_json  # beside this file
 from tqdm import tqdm
 
 from common import manifest
+from common.checkpoint_reader import Reader
 from common.config_fields import to_path
 from common.ranks import fail
 
@@ -86,7 +87,8 @@ def check(run: Path) -> int:
 def read(run: Path, step: int) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, by name, in one process."""
     folder = run / "checkpoints" / f"step_{step}"
-    reader = dcp.FileSystemReader(folder / manifest.read(folder)["shards"])
+    content = manifest.read(folder)
+    reader = Reader(folder / content["shards"], content["files"])
     entries = reader.read_metadata().state_dict_metadata
     tensors = {n: torch.empty(e.size, dtype=e.properties.dtype) for n, e in entries.items() if hasattr(e, "properties")}
     with warnings.catch_warnings():

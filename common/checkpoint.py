@@ -8,7 +8,8 @@
 `torch.distributed.checkpoint` writes and reshards; the names are those of the bare model, so that a checkpoint fits
 whatever wrapped the model when it was saved. Renaming a directory is no commit on a shared file system, where another
 node may see the rename before the data; here each rank syncs its files before the barrier, and rank 0 writes the
-manifest after it. DCP's `.metadata` is a pickle: only files whose checksums stand in the manifest are loaded.
+manifest after it. Only files whose checksums stand in the manifest are loaded, and those without trust: see
+`checkpoint_reader.py`.
 """
 
 import uuid
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from common import manifest
+from common.checkpoint_reader import Planner, Reader
 from common.ranks import Ranks, fail
 
 
@@ -142,9 +144,11 @@ def load(checkpoint: Path, model: Model, optimizer: torch.optim.Optimizer | None
     names = sorted(content["files"])[ranks.rank :: ranks.world_size]  # each rank checks its share of the files
     try:
         bad = [name for name in names if manifest.checksum(shards / name) != content["files"][name]]
-        problem = (
-            f"{shards / bad[0]} does not have the checksum of its manifest; use another checkpoint" if bad else None
-        )
+        if bad:
+            raise ValueError(f"{shards / bad[0]} does not have the checksum of its manifest; use another checkpoint")
+        reader = Reader(shards, content["files"])
+    except ValueError as error:
+        problem = str(error)
     except OSError as error:
         problem = (
             f"checkpoint {checkpoint} cannot be read on rank {ranks.rank}: {error}; is it on a shared file system?"
@@ -162,7 +166,11 @@ def load(checkpoint: Path, model: Model, optimizer: torch.optim.Optimizer | None
         fail(f"{checkpoint} is of {content['optimizer']}, this run uses {kind}; set optimizer.name to match")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process: as it was meant
-        dcp.load(state, storage_reader=dcp.FileSystemReader(shards))
+        try:
+            dcp.load(state, storage_reader=reader, planner=Planner())
+        except dcp.CheckpointException as error:
+            why = "; ".join({str(reason).partition("\n")[0] for reason, _ in error.failures.values()})
+            fail(f"{checkpoint} cannot be loaded: {why:.300}; use another checkpoint")
     if isinstance(model, WholeState):
         model.load_whole_state(state)
     elif optimizer is None:

@@ -11,11 +11,14 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from common.strict_files import read_json
 
 
 @dataclass
@@ -137,28 +140,50 @@ def latest(folder: Path) -> Path | None:
     return max((manifest.parent for manifest in folder.glob("step_*/manifest.json")), key=_step_of, default=None)
 
 
+def _require(condition: object, found: str) -> None:
+    if not condition:
+        raise ValueError(found)
+
+
 def read(checkpoint: Path) -> dict[str, Any]:
-    """Read and check a checkpoint's manifest: that it is ours, and that its files are there in their full size.
+    """Read and check a checkpoint's manifest: that it is ours, and its files are there in full size, and no others.
+
+    The manifest may be anyone's: names in it that lead elsewhere are refused, and so are links.
 
     Raises:
         ValueError: with one line on what is wrong.
     """
     path = checkpoint / "manifest.json"
-    if not path.is_file():
+    if not path.is_file() or path.is_symlink():
         raise ValueError(
             f"{checkpoint} holds no manifest.json: not a checkpoint of this project, or one never finished"
         )
     try:
-        manifest = json.loads(path.read_text())
-        for name, entry in manifest["files"].items():
-            file = checkpoint / manifest["shards"] / name
-            found = file.stat().st_size if file.is_file() else None
-            if found != entry["bytes"]:
-                state = "is missing" if found is None else f"is truncated or changed: {found} bytes"
-                raise ValueError(f"{file} {state}, the manifest says {entry['bytes']}; use another checkpoint")
-        assert {"step", "parameters", "optimizer", "extra"} <= manifest.keys()
-    except (KeyError, TypeError, AttributeError, AssertionError, json.JSONDecodeError) as error:
+        manifest: dict[str, Any] = read_json(path)
+        shards, files = checkpoint / manifest["shards"], manifest["files"]
+        _require(re.fullmatch(r"[\w-]+", manifest["shards"]), f"shards = {manifest['shards']!r:.80}")
+        for key, kind in {"step": int, "parameters": dict, "optimizer": str | None, "extra": dict}.items():
+            _require(isinstance(manifest[key], kind), f"{key} = {manifest[key]!r:.80}")
+        _require(".metadata" in files, "files lacks .metadata")
+        for name in files:
+            _require(re.fullmatch(r"\.metadata|__\d+_\d+\.distcp", name), f"files has {name!r:.80}")
+        expected = {name: (entry["bytes"], len(entry["sha256"])) for name, entry in files.items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        words = f"{type(error).__name__}: {error}".removeprefix("ValueError: ")
+        raise ValueError(f"{path} is not a manifest that this project wrote ({words})") from None
+    for file in (shards, *(shards / name for name in files)):
+        if file.is_symlink():
+            raise ValueError(f"{file} is a link; expected the file itself; use another checkpoint")
+    for name, (size, _) in expected.items():
+        found = (shards / name).stat().st_size if (shards / name).is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"is truncated or changed: {found} bytes"
+            raise ValueError(f"{shards / name} {state}, the manifest says {size}; use another checkpoint")
+    others = [name for name in os.listdir(shards) if name not in files and not name.startswith(".nfs")]
+    if others:
         raise ValueError(
-            f"{path} is not a manifest that this project wrote ({type(error).__name__}: {error})"
-        ) from None
+            f"{shards / min(others)} is not in the manifest; expected no other files; use another checkpoint"
+        )
+    if checksum(shards / ".metadata") != files[".metadata"]:
+        raise ValueError(f"{shards}/.metadata does not have the checksum of its manifest; use another checkpoint")
     return manifest

@@ -27,13 +27,28 @@ def digest(model, optimizer):
     return state.hexdigest()
 
 
-def train_and_save(folder, wrap="plain"):
+class Harm:
+    """An object whose pickle makes a file when it is read."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.mark}'",)
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def train_and_save(folder, wrap="plain", mark=None):
     model, wrapped, optimizer = build(wrap=wrap)
     for step in range(3):
         inputs = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
         model(inputs).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
+    if mark:
+        optimizer.param_groups[0]["lr"] = Harm(mark)
     checkpoint.save(Path(folder), 3, wrapped, optimizer, here(), {"scaler": None})
     return digest(model, optimizer)
 

@@ -102,6 +102,29 @@ def test_damaged(group, tmp_path, damage):
         assert all(word in line for word in words), line
 
 
+@pytest.mark.parametrize("value", ["lr", None])
+def test_a_pickle_in_a_foreign_checkpoint_does_not_run(group, tmp_path, value):
+    """It stands in DCP's metadata, or among the values of the optimizer; sizes and checksums are right."""
+    mark = tmp_path / "mark"
+    group(2)(ON_RANKS.train_and_save, str(tmp_path), "plain", value and str(mark))
+    if value is None:
+        replace_metadata(tmp_path / "step_3", f"cposix\nsystem\n(S'touch {mark}'\ntR.".encode())
+    for code, line in group(2)(ON_RANKS.load_fails, str(tmp_path / "step_3"), {}):
+        assert code == 2
+        assert len(line.strip().splitlines()) == 1
+        assert f"{tmp_path}/step_3" in line, line
+        assert ("asks for posix.system" in line) or (value and ".lr is no plain value" in line), line
+    assert not mark.exists()
+
+
+def replace_metadata(folder, content):
+    path = next(folder.glob("shards-*/.metadata"))
+    path.write_bytes(content)
+    written = json.loads((folder / "manifest.json").read_text())
+    written["files"][".metadata"] = manifest.checksum(path)
+    (folder / "manifest.json").write_text(json.dumps(written))
+
+
 @pytest.mark.parametrize(("options", "words"), [
     ({"width": 9}, ["another model", "0.bias", "[8] there", "[9] here"]),
     ({"bias": False}, ["another model", "0.bias", "none"]),
