@@ -1,10 +1,12 @@
 """Files of DeepSpeed's own checkpoints: which there are, and whether it is safe to read them.
 
 DeepSpeed's shards are pickles, which may run code when they are read: a file that asks for more than what DeepSpeed
-itself writes is refused.
+itself writes is refused, and torch is told to read the others without trust.
 """
 
 import hashlib
+import importlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +37,7 @@ def newest(run_folder: Path) -> str:
     if not latest.is_file():
         fail(f"{latest} does not exist; expected the name of a checkpoint in it; was save interrupted?")
     tag = latest.read_text().strip()
-    if not (latest.parent / tag).is_dir():
+    if Path(tag).name != tag or not (latest.parent / tag).is_dir():
         fail(f"{latest} names {tag!r}, but {latest.parent / tag} does not exist; fetch that folder, or save again")
     return tag
 
@@ -57,11 +59,17 @@ def shards_of(run_folder: Path) -> Path:
 
 
 def refuse_foreign_pickles(folder: Path) -> None:
-    """End with one line if a file names a function or class that DeepSpeed's own checkpoints do not have.
+    """End with one line if a file names a function or class that DeepSpeed's own checkpoints do not have, or is a link.
 
-    torch reads such names without calling anything. DeepSpeed itself loads with `weights_only=False`: whatever a file
-    names is imported and called. This is a fence, no proof: load only what you, or someone you trust, wrote.
+    torch lists such names without calling anything. DeepSpeed itself loads with `weights_only=False`: whatever a file
+    names is imported and called. So, from here on, torch overrules that in this process: it reads tensors, numbers,
+    containers and the classes of WRITTEN_BY_DEEPSPEED, and nothing else.
     """
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    known = (name.rpartition(".") for name in WRITTEN_BY_DEEPSPEED)
+    torch.serialization.add_safe_globals([getattr(importlib.import_module(module), name) for module, _, name in known])
+    if links := sorted(path for path in (folder, *folder.rglob("*")) if path.is_symlink()):
+        fail(f"{links[0]} is a link; expected the file itself; not read")
     for path in sorted(folder.rglob("*.pt")):
         try:
             found = set(get_unsafe_globals_in_checkpoint(path))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoint_files import refuse_foreign_pickles
 from settings import export_local_rank
 from torch import nn
 
@@ -141,6 +142,8 @@ def last_checkpoint(folder: Path, strategy: str, config: TrainerConfig, ranks: R
     path, step, problem = ranks.broadcast(answer)
     if problem:
         fail(problem)
+    if path and strategy.startswith("zero"):  # the list may be anyone's, and DeepSpeed's parts are pickles
+        refuse_foreign_pickles(path)
     return path, step
 
 
@@ -162,8 +165,10 @@ def check(path: Path, strategy: str, config: TrainerConfig, world_size: int) -> 
                 f"choose another run_name"
             )
             return path, 0, problem
-    # DeepSpeed's parts are pickles, which may run code when they are read: only files that this run wrote.
     for name, entry in manifest["files"].items():
         if not (path / name).is_file() or checksum(path / name) != entry:
             return path, 0, f"{path / name} is missing or changed since it was written; remove {path} to go on without"
+    found = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+    if others := sorted(found - manifest["files"].keys() - {MANIFEST}):
+        return path, 0, f"{path / others[0]} is not among the files of {MANIFEST}; remove it, or {path}"
     return path, manifest["step"], None
