@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.ranks import fail
+from common.strict_files import read_json
 from common.transformer import ModelConfig, Transformer
 
 _NAMES = {  # ours -> theirs, within a block; {e} is the expert
@@ -138,7 +139,12 @@ def load_hugging_face(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor
     config = _read_config(folder / "config.json")
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            fail(f"{index} is no index of safetensors ({error!r}); fetch it again")
+        if outside := [name for name in names if Path(str(name)).name != name]:
+            fail(f"{index} names {outside[0]}; expected files of the same folder; fetch it again")
     elif not (folder / names[0]).is_file():
         fail(
             f"{folder} has neither {names[0]} nor {index.name}; expected one, because pickled weights "
@@ -157,7 +163,7 @@ def load_hugging_face(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor
 
 def _read_config(path: Path) -> ModelConfig:
     try:
-        theirs: dict[str, Any] = json.loads(path.read_text())
+        theirs: dict[str, Any] = read_json(path)
         # transformers 5 writes rope_parameters, 4 wrote rope_theta and rope_scaling
         rope = theirs.get("rope_parameters") or (theirs.get("rope_scaling") or {}) | {
             "rope_theta": theirs.get("rope_theta", 10000.0)

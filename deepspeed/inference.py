@@ -118,7 +118,9 @@ def load(config: InferenceConfig, ranks: Ranks) -> Any:
         if not (folder / "config.json").is_file():
             fail(f"{folder}/config.json does not exist; expected a model's folder; make one with convert_checkpoint.py")
         try:  # safetensors alone: pickled weights may run code
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             fail(f"{folder} is no causal model with safetensors: {str(error).splitlines()[0]}")
     else:

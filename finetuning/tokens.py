@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from common.ranks import fail
-from finetuning.models import require
+from finetuning.models import brief, require
 from finetuning.squad import Question
 
 IGNORED = -100  # a target that does not count
@@ -36,9 +36,9 @@ def load_tokenizer(folder: str | None, hf_config: Any = None) -> Any:
     if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         fail(f"{folder} holds no tokenizer (tokenizer.json); expected it next to the weights; fetch it, too")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a damaged file makes the library raise
-        fail(f"{folder}: the tokenizer cannot be read ({error}); fetch its files again")
+        fail(f"{folder}: the tokenizer cannot be read ({brief(error)}); fetch its files again")
     if tokenizer.eos_token_id is None or not tokenizer.is_fast:
         fail(f"{folder}: expected a fast tokenizer (tokenizer.json) with an eos_token, which ends an answer")
     if hf_config is not None and len(tokenizer) > hf_config.get_text_config().vocab_size:

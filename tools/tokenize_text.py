@@ -86,7 +86,7 @@ def main() -> None:
         try:
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+            tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer, trust_remote_code=False)
         except ImportError:
             fail("a Hugging Face tokenizer needs the package transformers: pip install transformers")
         except (OSError, ValueError) as error:

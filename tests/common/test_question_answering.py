@@ -7,6 +7,7 @@ import torch
 
 from common.data import standard_library_files
 from finetuning import squad
+from finetuning.models import load_hf_config
 from finetuning.scores import exact_match, f1, most_frequent_answer, score
 from finetuning.squad import (
     Question,
@@ -236,3 +237,53 @@ def test_score_by_hand():
 def test_the_most_frequent_answer():
     assert most_frequent_answer([QUESTION, QUESTION, NOTHING]) == "Oder"
     assert most_frequent_answer([QUESTION, NOTHING, NOTHING]) == ""
+
+
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 257,
+}
+
+
+@pytest.mark.parametrize(("kind", "changes", "words"), [
+    ("llama", {}, None),
+    ("llama", {"auto_map": {"AutoModel": "code.Model"}}, None),  # transformers' own Llama is taken, the code is not run
+    ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "is of LlamaForSequenceClassification"),
+    ("bert", {"architectures": ["BertForMaskedLM"]}, "is of BertForMaskedLM"),
+    ("bert", {}, "bert looks at later tokens"),
+    ("bert", {"architectures": ["BertLMHeadModel"]}, "bert looks at later tokens"),
+    ("bert", {"architectures": ["BertLMHeadModel"], "is_decoder": True}, None),
+    ("xlnet", {"d_model": 16, "n_head": 2, "n_layer": 1, "d_head": 8}, "xlnet looks at later tokens"),
+    ("distilbert", {}, "is of distilbert"),
+    ("t5", {"architectures": ["T5ForConditionalGeneration"]}, "t5 is an encoder with a decoder"),
+    ("bart", {}, "bart is an encoder with a decoder"),
+    ("llama", {"attn_implementation": "flash_attention_2"}, "flash_attention_2 now, to sdpa"),
+    ("llama", {"num_attention_heads": 3}, "config.json cannot be used"),
+    ("own", {"auto_map": {"AutoConfig": "code.Config"}}, "asks for code of its own (auto_map)"),
+    ("own", {}, "config.json cannot be used"),
+])  # fmt: skip
+def test_models_that_are_no_causal_ones(tmp_path, monkeypatch, capsys, kind, changes, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | {"model_type": kind} | changes))
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "code.py").write_text("open('it_ran', 'w')")
+    if words is None:
+        assert load_hf_config(str(tmp_path), 8).model_type == kind
+    else:
+        with pytest.raises(SystemExit) as ended:
+            load_hf_config(str(tmp_path), 8)
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert ended.value.code == 2
+        assert len(lines) == 1 and words in lines[0] and len(lines[0]) < 500, lines
+    assert not (tmp_path / "it_ran").exists()
+
+
+def test_an_index_that_leads_elsewhere(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | {"model_type": "llama"}))
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret"}}')
+    with pytest.raises(SystemExit):
+        load_hf_config(str(tmp_path), 8)
+    assert "index.json names ../../secret; expected files of the same folder" in capsys.readouterr().err
