@@ -25,9 +25,9 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -151,6 +151,29 @@ def user_name() -> str:
         return str(os.getuid())
 
 
+def state_folder() -> Path:
+    """Return the folder of this user's clusters, which only this user can write, and which need not exist.
+
+    What stands in it is run, killed and removed, by root as well. So it is none that another user could have made.
+    """
+    home = os.path.realpath(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"))
+    folder = Path(home, "slurm-cluster")
+    for above in folder.parents:
+        with contextlib.suppress(FileNotFoundError):
+            found = above.stat()
+            if found.st_uid not in (0, os.getuid()) or found.st_mode & 0o1002 == 0o002:
+                stop(f"{above} can be changed by other users; set XDG_STATE_HOME to a folder of yours")
+    return folder
+
+
+def require_own(folder: Path) -> None:
+    """End with one line if something is there that is no folder of this user alone."""
+    with contextlib.suppress(FileNotFoundError):
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            stop(f"{folder} is a link, or not yours alone (mode 0700); look at it, remove it, and start again")
+
+
 class Machine:
     """The login node or a compute node: namespaces that live as long as their first process.
 
@@ -166,8 +189,8 @@ class Machine:
     def pid(self) -> int:
         """The first process, as this machine's kernel numbers it; 0 when the machine is off."""
         try:
-            pid, namespace = self.record.read_text().split()
-            return int(pid) if os.readlink(f"/proc/{pid}/ns/net") == namespace else 0
+            pid, *identity = self.record.read_text().split()
+            return int(pid) if identity == _identity(int(pid)) else 0
         except (OSError, ValueError):
             return 0
 
@@ -191,7 +214,7 @@ class Machine:
             if holder.poll() is not None or time.monotonic() > deadline:
                 raise OSError(Path(log.name).read_text().strip() or f"{self.name} did not start within 10 s")
             time.sleep(0.01)
-        self.record.write_text(f"{pid} {os.readlink(f'/proc/{pid}/ns/net')}\n")
+        self.record.write_text(" ".join([str(pid), *_identity(pid)]) + "\n")
 
         folder = self.cluster.folder
         disk = folder / f"disk-{self.name}"
@@ -219,11 +242,21 @@ class Machine:
         """Switch off: the kernel ends every process of the machine; then its network is gone as well."""
         if not (pid := self.pid):
             return
-        os.kill(pid, signal.SIGKILL)
+        process = os.pidfd_open(pid)  # from here on, this process and no later one of that number
+        if self.pid:
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+        os.close(process)
         deadline = time.monotonic() + 10
         while self.pid and time.monotonic() < deadline:
             time.sleep(0.01)
         self.record.unlink(missing_ok=True)
+
+
+def _identity(pid: int) -> list[str]:
+    """What tells a machine's first process from others: its network, start time (ticks since boot) and command."""
+    network = os.readlink(f"/proc/{pid}/ns/net")
+    started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return [network, started, *Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]]
 
 
 def _sleeping_child(parent: int) -> int | None:
@@ -244,7 +277,9 @@ class Cluster:
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}", name):
             stop(f"cluster name {name!r}; expected up to 31 lower-case letters, digits and hyphens")
         self.name = name
-        self.folder = Path(tempfile.gettempdir()) / f"slurm-cluster-{os.getuid()}" / name
+        self.folder = state_folder() / name
+        require_own(self.folder.parent)
+        require_own(self.folder)
         self.login = Machine(self, "login")
 
     @property
@@ -324,11 +359,15 @@ class Cluster:
         if self.login.pid:
             stop(f"cluster {self.name!r} is up already; end it with down, or give another one a --name")
         require_tools()
+        if len(str(self.folder)) > 70:  # Slurm's sockets lie below, and their paths take 108 characters
+            stop(f"{self.folder} is too long a path for Slurm's sockets; set XDG_STATE_HOME to a shorter one")
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.parent.mkdir(mode=0o700, exist_ok=True)
-        if self.folder.parent.stat().st_uid != os.getuid():
-            stop(f"{self.folder.parent} belongs to someone else; remove it, or set TMPDIR to a folder of yours")
-        self.folder.mkdir()
+        try:
+            self.folder.parent.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.folder.parent.mkdir(mode=0o700, exist_ok=True)
+            self.folder.mkdir(mode=0o700)
+        except OSError as error:
+            stop(f"{self.folder}: {error.strerror}; set XDG_STATE_HOME to a folder of yours")
         try:
             self.write_configuration(nodes, gpus, cpus)
             self.login.start()

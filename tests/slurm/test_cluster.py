@@ -187,7 +187,7 @@ def test_without_root(cluster):
         pytest.skip("this kernel lets only root create user namespaces")
     before = namespaces()
     folder = Path(tempfile.mkdtemp(prefix="rootless-", dir="/tmp"))
-    folder.chmod(0o777)
+    folder.chmod(0o1777)
     shutil.copy(ROOT / "slurm" / "cluster.py", folder)
     script = f"""set -ex
     cd {folder}
@@ -203,13 +203,14 @@ def test_without_root(cluster):
     """
     user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     try:
-        done = run_command([*user, "bash", "-c", script], timeout=100, TMPDIR=str(folder), HOME=str(folder))
+        done = run_command([*user, "bash", "-c", script], timeout=100, XDG_STATE_HOME=str(folder), HOME=str(folder))
         assert sorted(done.stdout.splitlines()[2:4]) == ["65534 on node1 gpus 0,1", "65534 on node2 gpus 0,1"]
         assert done.stdout.splitlines()[-2:] == ["node1", "node2"]
         assert sorted(path.name for path in folder.iterdir()) == ["cluster.py", "out"]
     finally:
-        if (folder / "slurm-cluster-65534").exists():
-            subprocess.run([*user, "/usr/bin/python3", str(folder / "cluster.py"), "--name", "rootless", "down"])
+        if (folder / "slurm-cluster").exists():
+            down = ["/usr/bin/python3", str(folder / "cluster.py"), "--name", "rootless", "down"]
+            subprocess.run([*user, "env", f"XDG_STATE_HOME={folder}", *down])
         shutil.rmtree(folder)
     assert namespaces() <= before
 
@@ -234,6 +235,38 @@ def test_bad_name_and_down_without_up():
     done = run_command([*CLUSTER, "--name", "../x", "up"], check=False)
     assert done.returncode == 2 and "cluster name '../x'; expected" in done.stderr
     assert run_command([*CLUSTER, "--name", "nobody", "down"]).stdout == ""
+
+
+@pytest.mark.parametrize("command", [["up"], ["exec", "true"], ["down"], ["kill-node", "1"], ["status"]])
+@pytest.mark.parametrize(("prepare", "words"), [
+    ("ln -s victim slurm-cluster", "slurm-cluster is a link, or not yours alone"),
+    ("mkdir -m 0755 slurm-cluster", "slurm-cluster is a link, or not yours alone"),
+    ("mkdir -m 0700 slurm-cluster; ln -s ../victim slurm-cluster/nobody", "slurm-cluster/nobody is a link"),
+    ("mkdir -m 0700 slurm-cluster; chmod 0777 .", "can be changed by other users"),
+])  # fmt: skip
+def test_files_that_another_user_can_have_made(tmp_path, command, prepare, words):
+    victim = tmp_path / "victim" / "nobody"
+    victim.mkdir(parents=True)
+    (victim / "count").write_text("0\n")
+    subprocess.run(["bash", "-c", prepare], cwd=tmp_path, check=True)
+    done = run_command([*CLUSTER, "--name", "nobody", *command], check=False, XDG_STATE_HOME=str(tmp_path))
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert (victim / "count").exists()
+
+
+def test_a_process_that_only_has_the_number_is_left_alone(tmp_path):
+    """As after a reboot: the record names a process number, and another program has it now."""
+    folder = tmp_path / "slurm-cluster" / "nobody"
+    folder.mkdir(mode=0o700, parents=True)
+    folder.parent.chmod(0o700)
+    with subprocess.Popen(["sleep", "infinity"]) as other:
+        network = os.readlink(f"/proc/{other.pid}/ns/net")
+        (folder / "count").write_text("0\n")
+        (folder / "login.machine").write_text(f"{other.pid} {network} 1 sleep infinity\n")
+        assert run_command([*CLUSTER, "--name", "nobody", "down"], XDG_STATE_HOME=str(tmp_path)).returncode == 0
+        assert other.poll() is None
+        other.kill()
+    assert not folder.parent.exists()
 
 
 def test_says_what_to_install(tmp_path):
