@@ -22,6 +22,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import yaml
 
+from common import same_start
 from common.config_fields import PathText, Setting, expand_path, find_settings, help_text, type_hints
 from common.data import TextConfig
 from common.data_sharding import BatchConfig
@@ -252,6 +253,7 @@ def parse(config_class: type[ConfigT], arguments: list[str] | None = None) -> Co
     if "print_config" in dict(flags):
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
         raise SystemExit(0)
+    same_start.note(same_start.of_settings(to_dict(config)))
     return config
 
 

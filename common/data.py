@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from common import same_start
 from common.config_fields import PathText
 from common.ranks import fail
 
@@ -120,7 +121,9 @@ def text_datasets(config: TextConfig, vocabulary: int) -> tuple[TokenDataset, To
     if needed > vocabulary:
         fail(f"the text has a vocabulary of {needed}, the model {vocabulary}; set model.vocabulary to {needed}")
     length = config.sequence_length
-    return TokenDataset(train, length, needed), TokenDataset(validation, length, needed, config.validation_samples)
+    validation_set = TokenDataset(validation, length, needed, config.validation_samples)
+    same_start.note({"data for validation": validation_set.fingerprint()})
+    return TokenDataset(train, length, needed), validation_set
 
 
 def _open_token_folder(folder: Path) -> tuple[np.ndarray, np.ndarray, int]:

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.distributed.nn
 from tqdm import tqdm
 
-from common import network
+from common import network, same_start
 
 
 def fail(message: str) -> NoReturn:
@@ -111,6 +111,11 @@ class Ranks:
         """End all ranks if any has a problem, with the first one's words: no rank is left waiting for another."""
         if problems := [each for each in self.all_gather(problem) if each]:
             fail(problems[0])
+
+    def compare_start(self, facts: same_start.Facts) -> None:
+        """End all ranks, with a line about the first difference, unless all have the same facts."""
+        if problem := same_start.difference(self, facts):
+            fail(problem)
 
     def first_or_fail(self, function: Callable[[], Any]) -> Any:
         """Call `function` on rank 0 alone, and give every rank what it returns; a ValueError or OSError there
@@ -331,7 +336,8 @@ def join(device: str = "auto", timeout_s: float = 600.0, network_profile: str = 
         network_profile: which variables `common.network` sets, unless the user did, before the group exists.
 
     Raises:
-        SystemExit: (exit code 2) half-set environment, no device, port in use, a rank that never came.
+        SystemExit: (exit code 2) half-set environment, no device, port in use, a rank that never came, ranks that
+            were started differently.
     """
     launch = read_environment()
     prepare_process_group()
@@ -366,4 +372,6 @@ def join(device: str = "auto", timeout_s: float = 600.0, network_profile: str = 
             f"rank {launch.rank} of {launch.world_size} could not join the others at {where} within {timeout_s:g} s: "
             f"{reason}; check that all ranks were started and that this host and port are reachable"
         )
-    return Ranks(launch.rank, launch.world_size, launch.local_rank, launch.local_world_size, launch.launcher, chosen)
+    ranks = Ranks(launch.rank, launch.world_size, launch.local_rank, launch.local_world_size, launch.launcher, chosen)
+    ranks.compare_start(same_start.at_start(chosen))
+    return ranks

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common import flops, metrics, run_folder
+from common import flops, metrics, run_folder, same_start
 from common.config import RunConfig, to_dict
 from common.data_sharding import derive_seed
 from common.ranks import Ranks, fail
@@ -52,7 +52,8 @@ class Run:
         start_sum: sums the metrics over the ranks; a framework without torch's process group brings its own.
 
     Raises:
-        SystemExit: (exit code 2, on all ranks) the folder cannot be written, or holds a run with other settings.
+        SystemExit: (exit code 2, on all ranks) the ranks were started differently; the folder cannot be written, or
+            holds a run with other settings.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class Run:
         self.peak_flops = flops.peak_flops(ranks.device, config.train.precision) if flops_per_unit else None
 
         settings = to_dict(config)
+        data = same_start.noted() | {"data for training": str(fingerprint)}
+        ranks.compare_start(same_start.of_settings(settings) | data)
         self.folder, self._resume_from, self._attempt = ranks.first_or_fail(
             lambda: run_folder.open_folder(config, settings, fingerprint)
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common import same_start
 from common.config_fields import PathText
 from common.data import standard_library_files
 from common.ranks import fail
@@ -165,5 +166,6 @@ def question_sets(config: QuestionsConfig) -> tuple[list[Question], list[Questio
     else:
         embedded = standard_library_questions()
         train, validation = (questions_of(tree, "Python's standard library") for tree in embedded)
+    same_start.note({"data for validation": same_start.digest(repr(validation).encode())})
     count = min(config.validation_samples or len(validation), len(validation))
     return train, [validation[i * len(validation) // count] for i in range(count)]

@@ -15,6 +15,7 @@ from common.config import Config
 from common.optimizer import learning_rate, set_learning_rate
 from common.ranks import Ranks, fail
 from common.run import Run
+from common.same_start import at_start
 
 # The names that run.json has for the strategies of all lessons, where Lightning's setting has another.
 STRATEGY = {"single_device": "single", "tensor_parallel": "tensor"}
@@ -40,22 +41,26 @@ class RunFolder(Callback):
         self.step: int | None = None
         self.lr = 0.0
 
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """Compare what the ranks were started with: Lightning has just joined them, and wraps no model before."""
+        self.ranks = Ranks(
+            rank=trainer.global_rank, world_size=trainer.world_size, local_rank=trainer.local_rank,
+            local_world_size=self.launch.devices, launcher=self.launch.launcher, device=trainer.strategy.root_device,
+        )  # fmt: skip
+        self.ranks.compare_start(at_start(self.ranks.device))
+
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Open the folder and go on from its checkpoint, if it has one.
 
         Here, and no earlier: Lightning has just installed its signal handlers, which would end a stopped training
         without a checkpoint; those of Run take their place.
         """
-        config, device = self.config, trainer.strategy.root_device
-        self.ranks = Ranks(
-            rank=trainer.global_rank, world_size=trainer.world_size, local_rank=trainer.local_rank,
-            local_world_size=self.launch.devices, launcher=self.launch.launcher, device=device,
-        )  # fmt: skip
+        config = self.config
         if self.strategy == "deepspeed":  # of which nothing can go on: an existing run is refused, not overwritten
             config = replace(config, resume="never")
         strategy = STRATEGY.get(self.strategy, self.strategy)
         self.run = Run(config, self.ranks, strategy, framework="lightning", **self.about)
-        self.ranks.print(self.explain(device))
+        self.ranks.print(self.explain(self.ranks.device))
         self.run.restore(module.model, trainer.optimizers[0], self.scaler(trainer))
         self.fast_forward(trainer)
         self.step = self.run.next_step()

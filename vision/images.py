@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from common import same_start
 from common.config_fields import PathText
 from common.ranks import fail
 
@@ -150,6 +151,9 @@ def _folder_datasets(config: ImageConfig, to_tensor: list[Any]) -> tuple[ImageDa
     # The usual evaluation crop: the middle 7/8 of the image (He et al., arXiv 1512.03385, section 3.4).
     center = [v2.Resize(size * 8 // 7), v2.CenterCrop(size)]
     random = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()] if config.augment else center
+
+    names = [(str(Path(path).relative_to(root)), label) for path, label in (*train.samples, *validation)]
+    same_start.note({"data by file names": same_start.digest(repr(names).encode())})
 
     def dataset(samples: list[tuple[str, int]], transforms: list[Any], augments: bool) -> ImageDataset:
         paths, labels = [path for path, _ in samples], [label for _, label in samples]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from equality import SMALL
-from launching import ROOT, OnRanks, clean_environment, whose_rank_1_dies
+from launching import ROOT, SCRIPTS, OnRanks, assert_refused, clean_environment, whose_rank_1_dies
 from own_folder import own_folder
 
 from common import config
@@ -205,3 +205,15 @@ def test_a_rank_that_dies_takes_the_others_with_it(launch, tmp_path):
     result = launch(script, *SMALL, "--train.steps", "4000", check=False, timeout=100)
     assert result.returncode != 0
     assert "SIGKILL" in result.stderr.split("Root Cause")[1]
+
+
+@pytest.mark.parametrize(("script", "odd", "value"), [
+    ("lightning/train.py", ["--model.layers", "2"], "2"), ("lightning/fabric_loop.py", ["--model.layers", "2"], "2"),
+    ("lightning/train_vision.py", ["--seed", "7"], "7"),
+])  # fmt: skip
+def test_ranks_that_were_started_differently(group, tmp_path, script, odd, value):
+    """Before Lightning wraps models of two shapes, which raises."""
+    arguments = ["--train.steps", "2", "--runs_dir", str(tmp_path / "runs")]
+    answers = group(2)(SCRIPTS.ends_unlike, script, [arguments, [*arguments, *odd]])
+    assert_refused(answers, f"; {value} on rank 1 (")
+    assert not (tmp_path / "runs").exists(), "it began"

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import runpy
 import sys
 from collections.abc import Iterator
@@ -69,3 +70,15 @@ def train_until(script: str, arguments: list[str], steps: int) -> None:
     """Run a lesson script and tell it to stop when `steps` steps are done."""
     with stopping_after(steps):
         train(script, arguments)
+
+
+@starts_its_own_group
+def ends_unlike(script: str, arguments: list[list[str]]) -> tuple[int, str]:
+    """As `ends`, each rank with arguments of its own: as on nodes with different files."""
+    return ends(script, arguments[int(os.environ["RANK"])])
+
+
+@starts_its_own_group
+def other_script(scripts: list[str], arguments: list[str]) -> tuple[int, str]:
+    """As `ends`, each rank with a script of its own, by its whole path."""
+    return ends(scripts[int(os.environ["RANK"])], arguments)
