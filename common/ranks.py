@@ -1,24 +1,16 @@
 """Who am I, and which device is mine? Joining and leaving the process group under every launcher.
 
-`torchrun`, `srun` with one task a device, `mpirun` (Open MPI), `mpiexec` (MPICH, Intel MPI: PMI) and plain
-`python` all tell a process its rank, each through variables of its own. `read_environment` understands them,
-and refuses an environment that is only half set. `join` starts the process group; `Ranks.leave` ends it.
+`common.launch` reads what the launcher says; `join` starts the process group; `Ranks.leave` ends it.
 """
 
 import atexit
-import contextlib
 import datetime
 import gc
-import json
 import os
-import shutil
-import subprocess
 import sys
-import time
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,35 +22,7 @@ import torch.distributed.nn
 from tqdm import tqdm
 
 from common import network, same_start
-
-
-def fail(message: str) -> NoReturn:
-    """End this rank because of a mistake that the user can mend: one line on stderr, exit code 2, no traceback.
-
-    Every rank that finds the mistake prints it, because a launcher stops the others as soon as the first has
-    ended. Under torchrun the line also becomes the root cause in torchrun's own report.
-    """
-    message = " ".join(message.split())
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("OMPI_COMM_WORLD_RANK")
-    print(f"[rank {rank}] error: {message}" if rank else f"error: {message}", file=sys.stderr, flush=True)
-    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
-        with contextlib.suppress(OSError), open(error_file, "w") as file:
-            json.dump({"message": {"message": message, "extraInfo": extra}}, file)
-    raise SystemExit(2)
-
-
-@dataclass(frozen=True)
-class LaunchInfo:
-    """Rank and world size, globally and on this node, as the launcher set them."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    launcher: str
-    master_addr: str = ""
-    master_port: int = 0
+from common.launch import LaunchInfo, allocated_gpus, fail, read_environment
 
 
 @dataclass(frozen=True)
@@ -142,116 +106,6 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def _require(environment: Mapping[str, str], names: list[str], launcher: str) -> list[str]:
-    missing = [name for name in names if not environment.get(name)]
-    if missing:
-        have = ", ".join(f"{n}={environment[n]}" for n in names if environment.get(n))
-        fail(
-            f"half-set {launcher} environment: found {have}, missing {', '.join(missing)}; start with torchrun, srun "
-            f"or mpirun, or unset these variables to run one process"
-        )
-    return [environment[name] for name in names]
-
-
-def _integers(environment: Mapping[str, str], names: list[str], launcher: str) -> list[int]:
-    values = _require(environment, names, launcher)
-    for name, value in zip(names, values, strict=True):
-        if not value.isdigit():
-            fail(f"{name}={value!r} in the environment is not a whole number; the launcher ({launcher}) should set it")
-    return [int(value) for value in values]
-
-
-def _port(key: str) -> int:
-    """A port that all ranks of one job compute alike and two jobs on one node hardly ever share."""
-    return 20000 + zlib.crc32(key.encode()) % 12000  # below 32768, where Linux starts to hand out its own
-
-
-def _tasks_here(per_node: str, node: int) -> int:
-    """How many tasks of a Slurm step are on its node number `node`, from a list such as `2(x3),1`."""
-    counts: list[int] = []
-    for count, _, times in (part.partition("(x") for part in per_node.split(",")):
-        counts += [int(count)] * int(times.rstrip(")") or 1)
-    return counts[node]
-
-
-def _first_host(nodelist: str) -> str:
-    """The first host of a Slurm node list such as `gpu[03-05,9],login1`."""
-    if scontrol := shutil.which("scontrol"):
-        hosts = subprocess.run([scontrol, "show", "hostnames", nodelist], capture_output=True, text=True, timeout=30)
-        if hosts.returncode == 0 and hosts.stdout.strip():
-            return hosts.stdout.split()[0]
-    prefix, bracket, rest = nodelist.partition("[")
-    if not bracket:
-        return nodelist.split(",")[0]
-    if "," in prefix:
-        return prefix.split(",")[0]
-    return prefix + rest.split("]")[0].split(",")[0].split("-")[0]
-
-
-def read_environment(environment: Mapping[str, str] | None = None) -> LaunchInfo:
-    """Find out from the launcher's variables who this process is.
-
-    Looked for in this order: torchrun (RANK …), an `srun` step (SLURM_STEP_NUM_TASKS …), Open MPI, PMI (MPICH and
-    Intel MPI), and nothing at all, which is one process. Slurm is read from the *step*: inside `salloc` or an sbatch
-    file, plain `python` is one process although the job has many tasks.
-
-    Raises:
-        SystemExit: (exit code 2) the environment is half set or contradicts itself.
-    """
-    env = os.environ if environment is None else environment
-    address, port = env.get("MASTER_ADDR", ""), env.get("MASTER_PORT", "")
-    if port and not port.isdigit():
-        fail(f"MASTER_PORT={port!r} is not a port number")
-    # In a Slurm job MPI starts its helpers on the other nodes by srun, whose step its ranks there inherit.
-    of_mpi = "OMPI_COMM_WORLD_RANK" in env or {"PMI_RANK", "MPI_LOCALRANKID"} <= env.keys()
-    in_step = env.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "SLURM_PROCID" in env and not of_mpi
-
-    if "RANK" in env or "LOCAL_RANK" in env or ("WORLD_SIZE" in env and not in_step):
-        names = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
-        _require(env, [*names, "MASTER_ADDR", "MASTER_PORT"], "torchrun")
-        rank, size, local_rank = _integers(env, names, "torchrun")
-        local_size = _integers(env, ["LOCAL_WORLD_SIZE"], "torchrun")[0] if "LOCAL_WORLD_SIZE" in env else size
-        launch = LaunchInfo(rank, size, local_rank, local_size, "torchrun", address, int(port))
-    elif in_step:
-        names = ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"]
-        rank, size, local_rank = _integers(env, names, "srun")
-        nodelist, job = _require(env, ["SLURM_STEP_NODELIST", "SLURM_JOB_ID"], "srun")
-        local_size = _tasks_here(env.get("SLURM_STEP_TASKS_PER_NODE", str(size)), int(env.get("SLURM_NODEID", "0")))
-        address = address or ("localhost" if local_size == size else _first_host(nodelist))
-        port = port or str(_port(f"{job}.{env.get('SLURM_STEP_ID', '0')}"))
-        if int(env.get("WORLD_SIZE", size)) != size:
-            fail(f"WORLD_SIZE={env['WORLD_SIZE']} but this srun step has {size} tasks; do not export WORLD_SIZE")
-        launch = LaunchInfo(rank, size, local_rank, local_size, "srun", address, int(port))
-    elif "OMPI_COMM_WORLD_RANK" in env or "OMPI_COMM_WORLD_SIZE" in env:
-        names = [f"OMPI_COMM_WORLD_{what}" for what in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
-        job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or str(os.getppid())
-        launch = _mpi_launch("mpirun", env, names, address, port, job)
-    elif "PMI_RANK" in env or "PMI_SIZE" in env:
-        names = ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"]
-        launch = _mpi_launch("mpiexec", env, names, address, port, str(os.getppid()))
-    else:
-        return LaunchInfo(0, 1, 0, 1, "python")
-
-    if not (launch.rank < launch.world_size and launch.local_rank < launch.local_world_size <= launch.world_size):
-        fail(
-            f"the {launch.launcher} environment contradicts itself: rank {launch.rank} of {launch.world_size}, "
-            f"local rank {launch.local_rank} of {launch.local_world_size}; each rank must be below its size"
-        )
-    return launch
-
-
-def _mpi_launch(
-    launcher: str, env: Mapping[str, str], names: list[str], address: str, port: str, job: str
-) -> LaunchInfo:
-    rank, size, local_rank, local_size = _integers(env, names, launcher)
-    if local_size != size and not (address and port):
-        fail(
-            f"{launcher} started ranks on several nodes, and MPI does not tell them where rank 0 listens: found "
-            f"MASTER_ADDR={address!r} and MASTER_PORT={port!r}; export both to all ranks (mpirun -x MASTER_ADDR …)"
-        )
-    return LaunchInfo(rank, size, local_rank, local_size, launcher, address or "localhost", int(port or _port(job)))
-
-
 def choose_device(wanted: str, launch: LaunchInfo) -> torch.device:
     """Choose this rank's device: `cuda:local_rank`, or `cuda:0` where the launcher shows each task one GPU, or the CPU.
 
@@ -271,9 +125,7 @@ def choose_device(wanted: str, launch: LaunchInfo) -> torch.device:
         return torch.device("cpu")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus == 0:
-        names = ("SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES")  # -1 is the usual way to hide all GPUs
-        allocated = {name: os.environ[name] for name in names if os.environ.get(name, "") not in ("", "-1")}
-        if allocated:
+        if allocated := allocated_gpus(os.environ):
             shown = " ".join(f"{name}={value}" for name, value in allocated.items())
             fail(
                 f"GPUs are allocated ({shown}) but CUDA finds none; check the driver with nvidia-smi, or set DEVICE=cpu"
@@ -327,13 +179,16 @@ def prepare_process_group() -> None:
     atexit.register(gc.collect)
 
 
-def join(device: str = "auto", timeout_s: float = 600.0, network_profile: str = "default") -> Ranks:
+def join(
+    device: str = "auto", timeout_s: float = 600.0, network_profile: str = "default", compare: bool = True
+) -> Ranks:
     """Join the process group with all other ranks: NCCL for tensors on GPUs, Gloo for tensors on the CPU.
 
     Args:
         device: "auto", "cpu" or "cuda"; see `choose_device`.
         timeout_s: seconds after which a collective that a rank did not enter becomes an error.
         network_profile: which variables `common.network` sets, unless the user did, before the group exists.
+        compare: refuse ranks that were started differently.
 
     Raises:
         SystemExit: (exit code 2) half-set environment, no device, port in use, a rank that never came, ranks that
@@ -373,5 +228,6 @@ def join(device: str = "auto", timeout_s: float = 600.0, network_profile: str = 
             f"{reason}; check that all ranks were started and that this host and port are reachable"
         )
     ranks = Ranks(launch.rank, launch.world_size, launch.local_rank, launch.local_world_size, launch.launcher, chosen)
-    ranks.compare_start(same_start.at_start(chosen))
+    if compare:
+        ranks.compare_start(same_start.at_start(chosen))
     return ranks

@@ -13,6 +13,7 @@ import torch
 from settings import LightningConfig
 
 from common import network
+from common.launch import whole_number
 from common.ranks import LaunchInfo, choose_device, fail, prepare_process_group, read_environment
 
 warnings.filterwarnings("ignore", ".*srun. command is available")  # `read_launch` knows better
@@ -51,7 +52,7 @@ def read_launch(config: Any, strategy: str) -> Launch:
     env = os.environ
     if {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT"} <= env.keys() and "RANK" not in env:
         # One of those that the first process has started: Lightning's launcher names the local rank alone.
-        size, local_rank = int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
+        size, local_rank = (whole_number(env, name, "lightning") for name in ("WORLD_SIZE", "LOCAL_RANK"))
         info, launcher, nodes = LaunchInfo(local_rank, size, local_rank, size, "lightning"), "lightning", 1
     else:
         info = read_environment()
@@ -107,7 +108,7 @@ def _check_srun(info: LaunchInfo) -> None:
     per_node = env.get("SLURM_NTASKS_PER_NODE")
     if per_node is None and info.world_size > 1:
         fail(f"srun started {info.world_size} tasks by --ntasks; Lightning wants --ntasks-per-node=N, one a device")
-    if per_node is not None and int(per_node) != info.local_world_size:
+    if per_node is not None and whole_number(env, "SLURM_NTASKS_PER_NODE", "srun", 1) != info.local_world_size:
         found = f"--ntasks-per-node={per_node}, but this step has {info.local_world_size} task(s) on a node"
         fail(f"{found}; give srun the job's own --ntasks-per-node, one a device")
 

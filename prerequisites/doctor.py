@@ -139,7 +139,7 @@ def resolve(host: str) -> list[str]:
 
 def judge_host_name(addresses: list[str]) -> list[Result]:
     """Gloo listens on the address of the host name, and falls back to loopback: then other machines cannot reach it."""
-    several = int(os.environ.get("SLURM_NNODES") or 1) > 1
+    several = checks.count(os.environ.get("SLURM_NNODES"), 1) > 1
     shown = " ".join(addresses) or "nothing"
     if any(not a.startswith(("127.", "::1")) for a in addresses):
         return [ok("host name", f"resolves to {shown}, which other machines can reach if they are in that network")]
@@ -186,8 +186,7 @@ def facts(environment: dict[str, str]) -> dict[str, str]:
         import psutil
 
         found["memory, GiB"] = f"{psutil.virtual_memory().total / checks.GIB:.0f}"
-    with contextlib.suppress(OSError):
-        about = Path("/proc/driver/nvidia/version").read_text()
+    if about := checks.read(Path("/proc/driver/nvidia/version")):
         found["driver"] = (re.search(r"\s(\d+\.[\d.]+)\s", about) or ["", "unknown"])[1]
     if torch.cuda.is_available():
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
@@ -325,7 +324,7 @@ def together(options: argparse.Namespace, ranks) -> int:
     import torch.distributed as dist
 
     environment, place = dict(os.environ), ranks.read_environment()
-    me = ranks.join("cpu", options.timeout)
+    me = ranks.join("cpu", options.timeout, compare=False)  # differences are shown below, all of them
     os.environ["LOCAL_WORLD_SIZE"] = str(me.local_world_size)  # only torchrun says it
     try:
         patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=GATHER_MINUTES))

@@ -60,12 +60,27 @@ def problem(name: str, found: str, advice: str) -> Result:
 def output(command: list[str], timeout_s: float = 10) -> tuple[int, str]:
     """(exit code, what the command printed); 127 where there is no such command, 124 when it took too long."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=timeout_s, stdin=subprocess.DEVNULL
+        )
     except subprocess.TimeoutExpired:
         return 124, f"no answer within {timeout_s:g} s"
     except OSError as error:
         return 127, str(error)
     return done.returncode, (done.stdout if done.returncode == 0 else done.stdout + done.stderr).strip()
+
+
+def read(path: Path) -> str:
+    """The text of a file that this project has not written, whatever its encoding; "" where it cannot be read."""
+    with contextlib.suppress(OSError):
+        return path.read_text(errors="replace")
+    return ""
+
+
+def count(value: str | None, otherwise: int = 0) -> int:
+    """The number in a launcher's or Slurm's variable: `2`, `2(x3),1` and `gpu:a100:2(S:0)` → 2."""
+    found = re.match(r"(?:[^(,]*:)?([0-9]{1,9})(?=$|[(,])", (value or "").strip())
+    return int(found[1]) if found else otherwise
 
 
 # ------------------------------------------------------------------------------------------ Python and packages
@@ -156,10 +171,12 @@ def import_all(modules: list[str], timeout_s: float = 300) -> dict[str, dict]:
         command = [sys.executable, "-P", "-c", IMPORTER, *left]
         try:
             seconds = max(1.0, deadline - time.monotonic())
-            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL)
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=seconds, stdin=subprocess.DEVNULL
+            )
             text, end = done.stdout, f"the import killed Python (exit status {done.returncode})"
         except subprocess.TimeoutExpired as error:
-            text, end = (error.stdout or b"").decode(), f"the import took longer than {timeout_s:g} s"
+            text, end = (error.stdout or b"").decode(errors="replace"), f"the import took longer than {timeout_s:g} s"
         tried = None
         for line in text.splitlines():
             mark, _, rest = line.partition(" ")
@@ -253,7 +270,10 @@ def check_torch() -> list[Result]:
     if code:
         last = (text.splitlines() or ["it died without a word"])[-1]
         return [problem("torch", f"torch does not work: {last}", "read the results on packages and imports first")]
-    torch = json.loads(text.splitlines()[-1])
+    answer = [line for line in text.splitlines() if line.startswith('{"version"')]  # a library may print after it
+    if not answer:
+        return [problem("torch", "torch gave no answer", "read the results on packages and imports first")]
+    torch = json.loads(answer[-1])
     build = f"CUDA {torch['cuda']}" if torch["cuda"] else f"ROCm {torch['hip']}" if torch["hip"] else "no GPU support"
     backends = [name for name in ("gloo", "nccl") if torch[name]]
     found = f"torch {torch['version']}, built with {build}; backends: {', '.join(backends) or 'none'}"
@@ -291,8 +311,9 @@ def judge_gpus(torch: dict, smi: str | None, environment: dict[str, str]) -> lis
             return [warning("gpus", found, "ranks wait for the slowest GPU; ask for equal ones")]
         return [ok("gpus", found)]
 
-    names = ("SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES")
-    allocated = {name: environment[name] for name in names if environment.get(name, "") not in ("", "-1")}
+    from common.launch import allocated_gpus  # not above: an old Python shall be told that it is too old
+
+    allocated = allocated_gpus(environment)
     shown = " ".join(f"{name}={value}" for name, value in allocated.items())
     if on_cpu or not (smi or allocated):
         said = f"; {shown} is ignored, for DEVICE=cpu" if allocated and on_cpu else ""
@@ -356,21 +377,19 @@ def size(value: float) -> str:
 def cgroup_value(controller: str, file_v1: str, file_v2: str) -> list[str]:
     """What this process's cgroup and those above it set, version 1 or 2; nothing where there is no such file."""
     values = []
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers == "":
-                base, name = Path("/sys/fs/cgroup"), file_v2
-            elif controller in controllers.split(","):
-                base, name = Path("/sys/fs/cgroup") / controllers, file_v1
-            else:
-                continue
-            folder = base / path.strip("/")
-            for place in (folder, *folder.parents):  # a limit holds for all that is below
-                with contextlib.suppress(OSError):
-                    values.append((place / name).read_text().strip())
-                if place == base:
-                    break
+    for line in read(Path("/proc/self/cgroup")).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, name = Path("/sys/fs/cgroup"), file_v2
+        elif controller in controllers.split(","):
+            base, name = Path("/sys/fs/cgroup") / controllers, file_v1
+        else:
+            continue
+        folder = base / path.strip("/")
+        for place in (folder, *folder.parents):  # a limit holds for all that is below
+            values += filter(None, [read(place / name).strip()])
+            if place == base:
+                break
     return values
 
 
@@ -391,16 +410,16 @@ def cores() -> tuple[int, float]:
 
 def check_cores(ranks: int | None = None) -> list[Result]:
     """Cores against ranks × threads: too many threads are slower than too few. `ranks`: how many share these cores."""
-    ranks = ranks or int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    ranks = ranks or count(os.environ.get("LOCAL_WORLD_SIZE")) or 1
     usable, granted = cores()
     limit = f", of which the cgroup grants {granted:g}" if granted < usable else ""
     threads = os.environ.get("OMP_NUM_THREADS", "")
     found = f"{usable} of the machine's {os.cpu_count()} usable{limit}; OMP_NUM_THREADS={threads or '(not set: all)'}"
-    if threads and (not threads.isdigit() or int(threads) < 1):
+    if threads and count(threads) < 1:
         return [problem("cores", found, "set it to cores divided by ranks, 1 or more")]
     if ranks > 1:
         found = f"{found}, for each of {ranks} ranks"
-    if ranks * int(threads or usable) > min(usable, granted) and (threads or ranks > 1):
+    if ranks * (count(threads) or usable) > min(usable, granted) and (threads or ranks > 1):
         each = max(1, int(min(usable, granted) // ranks))
         return [warning("cores", found, f"OMP_NUM_THREADS={each}, or fewer ranks, or more cores (--cpus-per-task)")]
     return [ok("cores", found)]
@@ -415,7 +434,7 @@ def check_memory() -> list[Result]:
     limit = min([int(value) for value in limits if value.isdigit()] + [total])
     free = min(psutil.virtual_memory().available, limit)
     found = f"{size(free)} available of {size(total)}" + (f", cgroup limit {size(limit)}" if limit < total else "")
-    if free < 2 * GIB * int(os.environ.get("LOCAL_WORLD_SIZE") or 1):
+    if free < 2 * GIB * (count(os.environ.get("LOCAL_WORLD_SIZE")) or 1):
         advice = "2 GiB a rank is little: end other programs, start fewer ranks, or ask Slurm for more (--mem)"
         return [warning("memory", found, advice)]
     return [ok("memory", found)]
@@ -494,11 +513,10 @@ def measure(folder: Path) -> tuple[float, float, float]:
 def file_system(folder: Path, mounts: str = "/proc/self/mounts") -> str:
     """The kind of file system a folder lies on, such as `ext4` or `nfs4 (network)`."""
     best, kind = "", "unknown file system"
-    with contextlib.suppress(OSError):
-        for line in Path(mounts).read_text().splitlines():
-            place, this = line.split(" ")[1].replace("\\040", " "), line.split(" ")[2]
-            if folder.is_relative_to(place) and len(place) >= len(best):
-                best, kind = place, this
+    for line in read(Path(mounts)).splitlines():
+        place, this = line.split(" ")[1].replace("\\040", " "), line.split(" ")[2]
+        if folder.is_relative_to(place) and len(place) >= len(best):
+            best, kind = place, this
     return f"{kind} (network)" if kind.startswith(NETWORK_FILE_SYSTEMS) else kind
 
 
@@ -526,9 +544,19 @@ def judge_slurm() -> Result:
 
 
 def partitions(text: str) -> str:
-    """What sinfo prints in our format, in words: name (state, nodes, GPUs)."""
-    rows = (line.split() for line in text.splitlines())
-    return ", ".join(f"{row[0]} ({row[1]}, {row[2]} nodes, {row[3].replace('(null)', 'no GPUs')})" for row in rows)
+    """What sinfo prints in our format, in words: name (state, nodes, GPUs), by cluster where there are several."""
+    clusters: dict[str, list[str]] = {}
+    name = ""
+    for row in filter(None, (line.split(maxsplit=3) for line in text.splitlines())):
+        if row[0] == "CLUSTER:":  # SLURM_CLUSTERS, or a federation
+            name = f"{' '.join(row[1:])}: "
+            clusters.setdefault(name, [])
+        elif len(row) == 4:
+            gpus = row[3].replace("(null)", "no GPUs")
+            clusters.setdefault(name, []).append(f"{row[0]} ({row[1]}, {row[2]} nodes, {gpus})")
+        else:
+            clusters.setdefault(name, []).append(" ".join(row))
+    return "; ".join(f"{name}{', '.join(shown) or 'none'}" for name, shown in clusters.items()) or "none"
 
 
 def judge_job(environment: dict[str, str]) -> list[Result]:
@@ -537,8 +565,8 @@ def judge_job(environment: dict[str, str]) -> list[Result]:
     if not job:
         return []
     get = environment.get
-    tasks = int((get("SLURM_STEP_TASKS_PER_NODE") or get("SLURM_TASKS_PER_NODE") or "1").split("(")[0].split(",")[0])
-    gpus = int(re.sub(r".*:", "", get("SLURM_GPUS_ON_NODE") or "0"))
+    tasks = count(get("SLURM_STEP_TASKS_PER_NODE") or get("SLURM_TASKS_PER_NODE"), 1)
+    gpus = count(get("SLURM_GPUS_ON_NODE"))
     nodes, per_task = get("SLURM_NNODES", "1"), get("SLURM_CPUS_PER_TASK", "no number of")
     found = f"{job}: {nodes} node(s); here {tasks} task(s), {gpus} GPU(s), {per_task} cores asked for a task"
     if get("SLURM_CPUS_PER_TASK") and not get("SRUN_CPUS_PER_TASK") and "SLURM_STEP_ID" not in environment:
@@ -553,15 +581,15 @@ def judge_job(environment: dict[str, str]) -> list[Result]:
 
 def check_tokens(home: Path | None = None, root: Path = ROOT) -> list[Result]:
     """Whether W&B and Hugging Face would find a token, never which; and that none is tracked by git."""
-    home = home or Path.home()
+    home = home or Path(os.path.expanduser("~"))  # Path.home raises where there is none
     hugging = Path(
         os.environ.get("HF_TOKEN_PATH") or Path(os.environ.get("HF_HOME") or home / ".cache/huggingface") / "token"
     )
     netrc = Path(os.environ.get("NETRC") or home / ".netrc")
-    known = netrc.read_text() if os.access(netrc, os.R_OK) else ""
+    known = read(netrc)
     places = {
         "W&B": "WANDB_API_KEY" if os.environ.get("WANDB_API_KEY") else str(netrc) if "api.wandb.ai" in known else "",
-        "Hugging Face": "HF_TOKEN" if os.environ.get("HF_TOKEN") else str(hugging) if hugging.is_file() else "",
+        "Hugging Face": "HF_TOKEN" if os.environ.get("HF_TOKEN") else str(hugging) if os.path.isfile(hugging) else "",
     }
     results = [ok("tokens", "; ".join(f"{name}: {place or 'no token, none needed'}" for name, place in places.items()))]
     for file in (netrc, hugging):

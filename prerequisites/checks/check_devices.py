@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from reporting import Result, finish, ok, problem
+from reporting import Result, checks, finish, ok, problem
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from common.launch import allocated_gpus
 from common.ranks import Ranks, fail, join
 
 SIDE = 1024
@@ -33,20 +34,16 @@ class Sight:
     device: str
 
 
-def count(value: str) -> int:
-    """`2`, `a100:2` → 2; nothing is 0."""
-    return int(value.rpartition(":")[2] or 0)
-
-
 def look(me: Ranks) -> Sight:
     """What this rank finds on its node."""
-    host, listed = socket.gethostname(), [v for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v]
+    shown = allocated_gpus(os.environ).get("CUDA_VISIBLE_DEVICES", "")  # without Slurm's NoDevFiles
+    host, listed = socket.gethostname(), [v for v in shown.split(",") if v]
     visible = tuple(listed)
     device = listed[min(me.local_rank, len(listed) - 1)] if listed else "none"
     if me.device.type == "cuda":
         visible = tuple(str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count()))
         device = visible[me.device.index]
-    return Sight(host, count(os.environ.get("SLURM_GPUS_ON_NODE", "")), len(listed), visible, device)
+    return Sight(host, checks.count(os.environ.get("SLURM_GPUS_ON_NODE")), len(listed), visible, device)
 
 
 def judge(sights: list[Sight], nodes: int, gpus: int, launcher: str) -> list[Result]:
@@ -129,8 +126,8 @@ def main() -> None:
     if not os.environ.get("SLURM_JOB_ID"):
         fail("this is no Slurm job, so nothing was asked for; submit prerequisites/checks/one_device.sbatch")
     me = join(timeout_s=60)
-    nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
-    gpus = count(os.environ.get("SLURM_GPUS_PER_NODE") or os.environ.get("SLURM_GPUS_ON_NODE", ""))
+    nodes = checks.count(os.environ.get("SLURM_JOB_NUM_NODES"), 1)
+    gpus = checks.count(os.environ.get("SLURM_GPUS_PER_NODE") or os.environ.get("SLURM_GPUS_ON_NODE"))
     sights = me.all_gather(look(me))
     results = judge(sights, nodes, gpus, me.launcher) if me.is_main else []
     results.append(multiply(me.device))

@@ -4,25 +4,13 @@ import json
 import socket
 
 import pytest
+from launchers import MPIEXEC, MPIRUN, SRUN, TORCHRUN
 from launching import SCRIPTS, OnRanks, free_port
 
-from common import ranks
+from common import launch, ranks
 from common.ranks import LaunchInfo, choose_device, read_environment
 
 ON_RANKS = OnRanks("tests/common/ranks_on_ranks.py")
-TORCHRUN = {
-    "RANK": "3",
-    "WORLD_SIZE": "4",
-    "LOCAL_RANK": "1",
-    "LOCAL_WORLD_SIZE": "2",
-    "MASTER_ADDR": "a",
-    "MASTER_PORT": "5",
-}
-SRUN = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
-        "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}  # fmt: skip
-MPIRUN = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-          "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": "job-1"}  # fmt: skip
-MPIEXEC = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
 
 
 def without(environment, *names):
@@ -34,7 +22,7 @@ def test_torchrun():
 
 
 def test_srun_step(monkeypatch):
-    monkeypatch.setattr(ranks.shutil, "which", lambda name: None)  # as on a machine without scontrol
+    monkeypatch.setattr(launch.shutil, "which", lambda name: None)  # as on a machine without scontrol
     place = read_environment(SRUN)
     assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (2, 4, 0, 2)
     assert (place.launcher, place.master_addr) == ("srun", "node1")
@@ -55,8 +43,8 @@ def test_an_srun_step_with_unequal_nodes():
     ("node[1-2]", "node1"), ("gpu[003,005-7]", "gpu003"), ("a,b", "a"), ("solo", "solo"), ("x,gpu[1-2]", "x"),
 ])  # fmt: skip
 def test_first_host_without_scontrol(monkeypatch, nodelist, host):
-    monkeypatch.setattr(ranks.shutil, "which", lambda name: None)
-    assert ranks._first_host(nodelist) == host
+    monkeypatch.setattr(launch.shutil, "which", lambda name: None)
+    assert launch._first_host(nodelist) == host
 
 
 def test_plain_python_inside_a_slurm_allocation_is_one_process():
@@ -85,8 +73,33 @@ def test_mpirun_and_mpiexec():
     assert (place.rank, place.world_size, place.launcher) == (0, 2, "mpiexec")
 
 
-def test_nothing_set_is_one_process():
-    assert read_environment({}) == LaunchInfo(0, 1, 0, 1, "python")
+@pytest.mark.parametrize("left", [
+    {}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "1", "RANK": "0"}, {"MASTER_PORT": "tcp://10.0.0.1:80"},
+    # srun --ntasks=1 --mpi=pmi2, and without Slurm
+    {"PMI_RANK": "0", "PMI_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+    {"PMI_RANK": "0", "PMI_SIZE": "1"}, {"PMI_SIZE": "1"},
+])  # fmt: skip
+def test_one_process(left):
+    assert read_environment(left) == LaunchInfo(0, 1, 0, 1, "python")
+
+
+@pytest.mark.parametrize("left", [
+    {"RANK": "0"}, {"LOCAL_RANK": "3"}, {"RANK": "0", "LOCAL_RANK": "0"}, {"RANK": ""},  # of another job's shell
+    {"PMI_RANK": "0", "PMI_SIZE": "1"}, {"PMI_RANK": "2", "PMI_SIZE": "4"}, {"PMI_RANK": "2"},  # srun --mpi=pmi2
+    {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
+])  # fmt: skip
+def test_a_step_is_complete_by_itself(left):
+    """A variable that was left in the shell which submitted the job is no launcher's."""
+    assert read_environment(SRUN | {"MASTER_ADDR": "node1"} | left).rank == 2
+    assert read_environment(SRUN | {"MASTER_ADDR": "node1"} | left).launcher == "srun"
+
+
+def test_cray_pals():
+    pals = {"PMI_RANK": "5", "PMI_SIZE": "8", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "4", "PALS_LOCAL_RANKID": "1"}
+    where = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+    assert read_environment(pals | where) == LaunchInfo(5, 8, 1, 4, "mpiexec", "node1", 29500)
+    one = {"PMI_RANK": "0", "PMI_SIZE": "2", "PALS_LOCAL_RANKID": "0", "PALS_LOCAL_SIZE": "2"}
+    assert (read_environment(one).local_world_size, read_environment(one).master_addr) == (2, "localhost")
 
 
 @pytest.mark.parametrize(("environment", "words"), [
@@ -95,7 +108,7 @@ def test_nothing_set_is_one_process():
     (without(TORCHRUN, "MASTER_PORT"), ["missing MASTER_PORT"]),
     (TORCHRUN | {"RANK": "x"}, ["RANK='x'", "whole number"]),
     (TORCHRUN | {"LOCAL_WORLD_SIZE": "x"}, ["LOCAL_WORLD_SIZE='x'", "whole number"]),
-    (TORCHRUN | {"RANK": "4"}, ["rank 4 of 4"]),
+    (TORCHRUN | {"RANK": "4"}, ["rank 4 of 4", "RANK=4, WORLD_SIZE=4"]),
     (TORCHRUN | {"MASTER_PORT": "http"}, ["MASTER_PORT='http'"]),
     (without(SRUN, "SLURM_LOCALID"), ["SLURM_LOCALID"]),
     (SRUN | {"WORLD_SIZE": "2"}, ["WORLD_SIZE=2", "4 tasks"]),
@@ -145,6 +158,7 @@ def test_which_gpu(monkeypatch, gpus, place, index):
     ("auto", 2, LaunchInfo(2, 3, 2, 3, "srun"), {}, ["local rank 2", "2 visible GPU"]),
     ("cuda", 0, LaunchInfo(0, 1, 0, 1, "python"), {}, ["device=cuda", "no GPU"]),
     ("auto", 0, LaunchInfo(0, 1, 0, 1, "python"), {"SLURM_JOB_GPUS": "0,1"}, ["SLURM_JOB_GPUS=0,1", "DEVICE=cpu"]),
+    ("auto", 0, LaunchInfo(0, 1, 0, 1, "python"), {"CUDA_VISIBLE_DEVICES": "GPU-1234"}, ["GPU-1234", "DEVICE=cpu"]),
     ("tpu", 0, LaunchInfo(0, 1, 0, 1, "python"), {}, ["tpu", "auto, cpu, cuda"]),
 ])  # fmt: skip
 def test_no_gpu_for_this_rank(monkeypatch, capsys, wanted, gpus, place, environment, words):
@@ -164,9 +178,12 @@ def test_device_from_the_cluster_profile(monkeypatch):
     assert choose_device("auto", LaunchInfo(0, 1, 0, 1, "python")).type == "cpu"
 
 
-def test_hidden_gpus_are_not_allocated_ones(monkeypatch):
+@pytest.mark.parametrize("value", ["", "-1", " -1", "NoDevFiles", "none", "void"])
+def test_hidden_gpus_are_not_allocated_ones(monkeypatch, value):
+    """Some versions of Slurm say NoDevFiles where a job has no GPUs."""
+    monkeypatch.delenv("DEVICE", raising=False)
     monkeypatch.setattr(ranks.torch, "cuda", FakeCuda(0))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
     assert choose_device("auto", LaunchInfo(0, 1, 0, 1, "python")).type == "cpu"
 
 

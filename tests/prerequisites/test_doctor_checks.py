@@ -99,6 +99,7 @@ def test_driver_and_cuda_of_nvidia_smi(text, expected):
     (TORCH, None, {"SLURM_JOB_GPUS": "0,1", "DEVICE": "cpu"}, "ok", "DEVICE=cpu"),
     (TORCH, None, {"SLURM_JOB_GPUS": "0,1"}, "problem", "GPUs are allocated (SLURM_JOB_GPUS=0,1)"),
     (TORCH, None, {"CUDA_VISIBLE_DEVICES": "0"}, "problem", "--nv"),
+    (TORCH, None, {"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, "ok", "on the CPU"),
     (TORCH, SMI, {}, "problem", "see nvidia-smi"),
     ({**TORCH, "cuda": None}, SMI, {}, "problem", "built without CUDA"),
     ({**TORCH, "cuda": "13.0"}, SMI, {}, "problem", "torch wants CUDA 13.0: update the driver"),
@@ -243,6 +244,54 @@ def test_outside_a_job_there_is_nothing_to_say():
 def test_partitions_in_words():
     text = "gpu* up 4 gpu:8\ncpu up 2 (null)\n"  # sinfo of Slurm 22.05 with the doctor's --format
     assert checks.partitions(text) == "gpu* (up, 4 nodes, gpu:8), cpu (up, 2 nodes, no GPUs)"
+
+
+def test_partitions_of_several_clusters():
+    """As sinfo prints them with SLURM_CLUSTERS or in a federation; a line of another form is shown as it is."""
+    text = "CLUSTER: alpha\ngpu* up 4 gpu:a100:4(S:0-1)\n\nCLUSTER: beta\nCLUSTER: gamma\ncpu up 2 (null)\nodd line\n"
+    shown = "alpha: gpu* (up, 4 nodes, gpu:a100:4(S:0-1)); beta: none; gamma: cpu (up, 2 nodes, no GPUs), odd line"
+    assert checks.partitions(text) == shown
+    assert checks.partitions("") == "none"
+
+
+@pytest.mark.parametrize(("value", "number"), [
+    ("2", 2), ("a100:2", 2), ("gpu:a100:2(S:0-1)", 2), ("1g.10gb:4", 4), ("2(x3),1", 2), (" 8 ", 8),
+    (None, 7), ("", 7), ("x", 7), ("-1", 7), ("²", 7), ("1.5", 7), ("9" * 5000, 7),
+])  # fmt: skip
+def test_numbers_of_launchers(value, number):
+    assert checks.count(value, 7) == number
+
+
+VARIABLES = ("LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "SLURM_NNODES", "SLURM_STEP_TASKS_PER_NODE", "SLURM_GPUS_ON_NODE",
+             "SLURM_CPUS_PER_TASK", "MASTER_PORT", "VIRTUAL_ENV", "NETRC", "HF_HOME", "HF_TOKEN_PATH", "HOME",
+             "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_IB_DISABLE", "DEVICE")  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["", " ", "x", "-1", "0", "1,2", "2(x2)", "auto", "²", "/", "/no/such", "9" * 5000])
+def test_no_check_crashes(monkeypatch, tmp_path, value):
+    """Whatever the variables hold, whatever sinfo and a .netrc say."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("sinfo", "sbatch", "srun", "squeue", "scancel", "git"):
+        (programs / name).write_bytes(b"#!/bin/sh\nprintf 'CLUSTER: \\351\\n\\nx\\na b c d e\\n'\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/bin:/usr/bin")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for name in VARIABLES:
+        monkeypatch.setenv(name, value)
+    slow = ("packages", "imports", "shadows", "torch", "folders")
+    every = doctor.checks_of_rank() + doctor.checks_of_host(doctor.argparse.Namespace(runs=Path("x"), data=Path("x")))
+    results = doctor.examine([(name, check) for name, check in every if name not in slow])
+    assert len(results) >= 10
+    assert not [result.found for result in results if "crashed" in result.found]
+
+
+def test_a_netrc_that_is_not_utf_8_is_read(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("NETRC", raising=False)
+    (tmp_path / ".netrc").write_bytes(b"machine api.wandb.ai password \xe9\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert f"W&B: {tmp_path}/.netrc" in checks.check_tokens(tmp_path)[0].found
 
 
 def test_a_machine_without_slurm_is_fine(tmp_path, monkeypatch):
