@@ -42,6 +42,7 @@ def test_lines_of_a_large_grid():
 
 @pytest.mark.parametrize(("sizes", "found"), [
     ({"dp": 3}, "the mesh dp 3 x pp 1 x cp 1 x tp 1 has 3 places, but there are 2 ranks"),
+    ({"dp": 1}, "the mesh dp 1 x pp 1 x cp 1 x tp 1 has 1 places, but there are 2 ranks"),
     ({"dp": 0}, "the mesh is dp 0 x pp 1 x cp 1 x tp 1; expected at least 1 on every axis"),
 ])  # fmt: skip
 def test_sizes_that_do_not_fit(group, sizes, found):

@@ -157,6 +157,8 @@ def test_other_orders_get_no_name():
     assert gantt.name_schedule(log("F0 F1 B0 B1", "F0 B0 F1 B1")) == "1F1B"
     one_by_one = log("F0 B0 F1 B1 F2 B2", "F0 B0 F1 B1 F2 B2")
     assert gantt.name_schedule(one_by_one) == "none of AFAB, 1F1B"
+    in_pairs = log("F0 F1 B0 B1 F2 B2", "F0 B0 F1 B1 F2 B2")  # begins as 1F1B does
+    assert gantt.name_schedule(in_pairs) == "none of AFAB, 1F1B"
 
 
 @pytest.mark.parametrize(("options", "message"), [
