@@ -10,7 +10,6 @@ over the rounds. On a small model a step is mostly what the framework does in Py
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from report import (
 )
 from tqdm import tqdm
 
+from common import records
 from common.config_fields import to_path
 from common.ranks import fail
 
@@ -123,11 +123,11 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[tuple[str, str], 
                 if code := execute(command, options.threads, log):
                     fail(f"{entry} ended with {code}: {cause(log.read_text())}")
                 found[size, entry].append(read_run(folder / name, options.warmup))
-                rows = (folder / name / "metrics.jsonl").read_text().splitlines()
-                loss = first_losses.setdefault(size, json.loads(rows[0])["loss"])
+                first = records.read_rows(folder / name)[0]["loss"]
+                loss = first_losses.setdefault(size, first)
                 # bf16 rounds differently under each framework; a wrong batch or scale is off by far more.
-                if abs(json.loads(rows[0])["loss"] - loss) > 1e-2 * loss:
-                    fail(f"{entry} starts at a loss of {json.loads(rows[0])['loss']}, DDP at {loss}: other batches?")
+                if abs(first - loss) > 1e-2 * loss:
+                    fail(f"{entry} starts at a loss of {first}, DDP at {loss}: other batches?")
                 bar.update()
     return found
 

@@ -11,7 +11,6 @@ ends with an error where a checkpoint is torn, a step is lost beyond the last co
 """
 
 import argparse
-import json
 import os
 import platform
 import random
@@ -27,7 +26,7 @@ import torch.distributed.checkpoint as dcp
 from report import date, git_commit, write_json  # beside this file
 from tqdm import tqdm
 
-from common import manifest
+from common import manifest, records
 from common.checkpoint_reader import Reader
 from common.config_fields import to_path
 from common.ranks import fail
@@ -99,8 +98,7 @@ def read(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 def losses(run: Path) -> dict[int, float]:
     """Losses by step; more than one line for a step is an error of the record."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    found = [(row["step"], row["loss"]) for row in records.read_rows(run) if "loss" in row]
     if [step for step, _ in found] != list(range(len(found))):
         fail(f"{run}/metrics.jsonl has steps {[step for step, _ in found][:20]} …; expected each once, in order")
     return dict(found)

@@ -1,6 +1,5 @@
 """Start a lesson's script and read the run folder that it leaves."""
 
-import json
 import math
 import os
 import re
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import manifest
+from common import manifest, records
 from common.ranks import fail
 
 
@@ -77,12 +76,13 @@ def read_run(folder: Path, warmup: int) -> Measured:
         SystemExit: (exit code 2) the folder is not there, or holds no steps beyond the warm-up.
     """
     try:
-        record = json.loads((folder / "run.json").read_text())
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        record, rows = records.read_record(folder), records.read_rows(folder)
+    except ValueError as error:
+        fail(str(error))
     except FileNotFoundError as error:
         name = Path(str(error.filename)).name
         fail(f"the script ended well but left no {name} in {folder}; expected a run folder of common/run.py")
-    rows = [row for row in map(json.loads, lines) if "step_seconds" in row]
+    rows = [row for row in rows if "step_seconds" in row]
     if len(rows) <= warmup:
         fail(f"the run made {len(rows)} steps, {warmup} of them warm-up: nothing is left; raise --steps")
     return Measured(

@@ -12,6 +12,7 @@ manifest after it. Only files whose checksums stand in the manifest are loaded, 
 `checkpoint_reader.py`.
 """
 
+import shutil
 import uuid
 import warnings
 from pathlib import Path
@@ -25,10 +26,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from common import manifest
 from common.checkpoint_reader import Planner, Reader
 from common.ranks import Ranks, fail
+from common.records import sync_folder
 
 
 @runtime_checkable
@@ -65,6 +68,42 @@ def _state(model: Model, optimizer: torch.optim.Optimizer | None) -> dict[str, A
     return {"model": weights, "optimizer": moments}
 
 
+def _tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """All tensors of a state by name: weights, buffers and the optimizer's."""
+    named = dict(state["model"])
+    for name, entries in state.get("optimizer", {}).get("state", {}).items():
+        named |= {f"{name} {key}": value for key, value in entries.items()}
+    return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+
+
+def _not_finite(state: dict[str, Any]) -> str | None:
+    """The first tensor of this rank with a value that is nan or inf; the device is asked once."""
+    named = {name: value for name, value in _tensors(state).items() if value.is_floating_point()}
+    local = [value.to_local() if isinstance(value, DTensor) else value for value in named.values()]
+    device = next((value.device for value in local if value.is_cuda), torch.device("cpu"))
+    finite = [value.isfinite().all().to(device, non_blocking=True) for value in local]
+    good = torch.stack(finite).tolist() if finite else []
+    return next((name for name, is_good in zip(named, good, strict=True) if not is_good), None)
+
+
+def _room(folder: Path, state: dict[str, Any], ranks: Ranks) -> str:
+    """How much a checkpoint needs, and how much is free. All ranks must call it."""
+    sizes = {name: value.numel() * value.element_size() for name, value in _tensors(state).items()}
+    whole = {name: size for part in ranks.all_gather(sizes) for name, size in part.items()}
+    free = shutil.disk_usage(folder).free if folder.exists() else 0
+    return f"it needs {sum(whole.values()) / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free"
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong, in a line: DCP folds the errors of all ranks, with their tracebacks, into one."""
+    if isinstance(error, dcp.CheckpointException) and error.failures:
+        rank, (first, _) = min(error.failures.items())
+        return f"rank {rank}: {_cause(first)}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def save(
     folder: Path,
     step: int,
@@ -86,16 +125,24 @@ def save(
             committed or removed.
 
     Raises:
-        SystemExit: (exit code 2, on all ranks) the files could not be written, or a newer attempt has taken over;
-            earlier checkpoints are untouched.
+        SystemExit: (exit code 2, on all ranks) a weight or moment is nan or inf, the files could not be written, or a
+            newer attempt has taken over; earlier checkpoints are untouched.
     """
     target = folder / f"step_{step}"
     shards = target / str(ranks.broadcast(f"shards-{uuid.uuid4().hex[:12]}"))
-    state, problem, files = _state(model, optimizer), None, {}
+    state, files, problem = _state(model, optimizer), {}, None
+    if bad := _not_finite(state):
+        problem = f"after {step} steps {bad} holds nan or inf: not saved; earlier checkpoints are untouched"
+    elif ranks.is_main:
+        try:
+            manifest.remove_torn(folder, attempt)
+        except (OSError, manifest.TakenOver) as error:
+            problem = manifest.why_it_failed(folder, attempt, f"checkpoint {target}: {_cause(error)}")
+    ranks.fail_together(problem)
     try:
         shards.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # told before the others begin to write, which they do together
-        problem = f"checkpoint {target} could not be written: {error}; earlier checkpoints are untouched"
+        problem = f"checkpoint {target} could not be written: {_cause(error)}; earlier checkpoints are untouched"
     ranks.fail_together(problem)
     try:
         with warnings.catch_warnings():
@@ -103,10 +150,15 @@ def save(
             dcp.save(state, storage_writer=dcp.FileSystemWriter(shards, sync_files=True))
         mine = [f"__{ranks.rank}_*.distcp"] + ([".metadata"] if ranks.is_main else [])
         files = {path.name: manifest.checksum(path) for pattern in mine for path in sorted(shards.glob(pattern))}
-        manifest.sync_folder(shards)
+        sync_folder(shards)
     except (OSError, dcp.CheckpointException) as error:
-        problem = manifest.why_it_failed(folder, attempt, f"checkpoint {target} could not be written: {error}")
-    ranks.fail_together(problem)
+        problem = _cause(error)
+    if problems := [each for each in ranks.all_gather(problem) if each]:
+        room = _room(folder, state, ranks)
+        if ranks.is_main:
+            manifest.discard(shards)  # the next attempt at this step needs their room
+        found = f"checkpoint {target} could not be written: {problems[0]}; {room}"
+        ranks.fail_together(manifest.why_it_failed(folder, attempt, found))
     everything = {name: entry for part in ranks.all_gather(files) for name, entry in part.items()}
     shapes = _shapes(state, ranks)
     if ranks.is_main:
@@ -122,7 +174,9 @@ def save(
         try:
             manifest.commit(target, content, keep, attempt)
         except OSError as error:
-            problem = manifest.why_it_failed(folder, attempt, f"checkpoint {target} could not be committed: {error}")
+            problem = manifest.why_it_failed(
+                folder, attempt, f"checkpoint {target} could not be committed: {_cause(error)}"
+            )
         except manifest.TakenOver as error:
             problem = str(error)
     ranks.fail_together(problem)
@@ -145,10 +199,10 @@ def load(checkpoint: Path, model: Model, optimizer: torch.optim.Optimizer | None
     try:
         bad = [name for name in names if manifest.checksum(shards / name) != content["files"][name]]
         if bad:
-            raise ValueError(f"{shards / bad[0]} does not have the checksum of its manifest; use another checkpoint")
+            raise ValueError(f"{shards / bad[0]} does not have the checksum of its manifest")
         reader = Reader(shards, content["files"])
     except ValueError as error:
-        problem = str(error)
+        problem = manifest.use_another(checkpoint, str(error))
     except OSError as error:
         problem = (
             f"checkpoint {checkpoint} cannot be read on rank {ranks.rank}: {error}; is it on a shared file system?"

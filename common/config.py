@@ -29,6 +29,7 @@ from common.data_sharding import BatchConfig
 from common.manifest import CheckpointConfig
 from common.optimizer import OptimizerConfig
 from common.ranks import fail
+from common.records import read_settings
 from common.strict_files import read_json, read_yaml
 from common.transformer import ModelConfig
 
@@ -268,9 +269,10 @@ def read_run_config(folder: Path) -> Config:
     Other settings have their defaults. A run's script may have sections of its own (fsdp, mesh, deepspeed …).
 
     Raises:
-        ValueError: the run's model is no transformer, or its data are no text.
+        ValueError: the run's model is no transformer, its data are no text, or the file is damaged.
         SystemExit: (exit code 2) the file is not valid YAML, or has values that cannot work.
     """
+    read_settings(folder)  # a crash leaves an empty file, which would be all defaults
     path = str(folder / "config.yaml")
     wanted = ("model", "data", "batch", "seed", "train.precision")
     given = [(path, key, value) for key, value in _read_file(path).items() if key.startswith(wanted)]

@@ -7,6 +7,7 @@ folder of tokens from any text.
 import hashlib
 import json
 import os
+import shlex
 import sysconfig
 import zlib
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ def _open_token_folder(folder: Path) -> tuple[np.ndarray, np.ndarray, int]:
     if missing:
         fail(
             f"data.path = {folder}: no {', '.join(missing)} there (of meta.json, train.bin, validation.bin); make "
-            f"them with: python tools/tokenize_text.py --input TEXT --output {folder}"
+            f"them with: python tools/tokenize_text.py --input TEXT --output {shlex.quote(str(folder))}"
         )
     try:
         meta = json.loads((folder / "meta.json").read_text())

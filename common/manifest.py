@@ -16,8 +16,10 @@ import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
+from common.records import sync_folder
 from common.strict_files import read_json
 
 
@@ -39,13 +41,6 @@ class CheckpointConfig:
 
 class TakenOver(Exception):
     """A newer attempt of the run has claimed the folder: this one must not commit."""
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names of a folder's files to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def checksum(path: Path) -> dict[str, Any]:
@@ -119,25 +114,91 @@ def commit(target: Path, content: dict[str, Any], keep: int, attempt: str | None
 
 
 def _step_of(checkpoint: Path) -> int:
-    number = checkpoint.name.removeprefix("step_")
-    return int(number) if number.isdigit() else -1
+    """The step in a checkpoint's name; -1 for a file, a link, or a name that `save` does not give."""
+    number = re.fullmatch(r"step_(0|[1-9][0-9]*)", checkpoint.name)
+    return int(number[1]) if number and checkpoint.is_dir() and not checkpoint.is_symlink() else -1
+
+
+def _steps(folder: Path, committed: bool) -> list[Path]:
+    """The folders of this run's checkpoints with or without a manifest, by step; never what a user put there."""
+    ours = sorted((path for path in folder.glob("step_*") if _step_of(path) >= 0), key=_step_of)
+    return [path for path in ours if (path / "manifest.json").is_file() == committed]
+
+
+def _remove(checkpoint: Path, keep_shards: str = "") -> None:
+    """Remove what `save` wrote into the folder of a checkpoint without manifest; what else is in it stays."""
+    for path in checkpoint.glob("shards-*"):
+        if path.name != keep_shards and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+    for path in checkpoint.glob("manifest-shards-*.tmp"):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something of the user's is in it, or shards that are still needed
+        checkpoint.rmdir()
+
+
+def discard(shards: Path) -> None:
+    """Remove the shards of a save that failed, once no rank writes any more."""
+    shutil.rmtree(shards, ignore_errors=True)
+    with contextlib.suppress(OSError):  # a manifest, or something of the user's, is there too
+        shards.parent.rmdir()
+
+
+def remove_torn(folder: Path, attempt: str | None) -> None:
+    """Remove shards that no manifest names, of attempts that died or failed. Call it on rank 0 before a save: where
+    the disk is full, the same step needs their room.
+
+    Raises:
+        TakenOver: another attempt has claimed the folder, and may be writing such shards right now.
+    """
+    if not _is_current(folder, attempt):
+        raise TakenOver(_taken_over(folder))
+    for torn in _steps(folder, committed=False):
+        _remove(torn)
 
 
 def _remove_old(folder: Path, newest: Path, keep: int) -> None:
-    committed = sorted((m.parent for m in folder.glob("step_*/manifest.json")), key=_step_of)
-    torn = [p for p in folder.glob("step_*") if p not in committed and _step_of(p) < _step_of(newest)]
-    for old in committed[:-keep] + torn:
+    committed = [path for path in _steps(folder, committed=True) if _step_of(path) <= _step_of(newest)]
+    for old in committed[:-keep]:
         (old / "manifest.json").unlink(missing_ok=True)  # first of all: half-removed is not committed
-        shutil.rmtree(old, ignore_errors=True)
-    current = json.loads((newest / "manifest.json").read_text())["shards"]
-    for leftover in newest.glob("shards-*"):  # of an attempt at the same step that died before its commit
-        if leftover.name != current:
-            shutil.rmtree(leftover, ignore_errors=True)
+        _remove(old)
+    _remove(newest, keep_shards=json.loads((newest / "manifest.json").read_text())["shards"])
 
 
 def latest(folder: Path) -> Path | None:
     """The committed checkpoint with the highest step in `folder`, or None. Call it on rank 0 and broadcast."""
-    return max((manifest.parent for manifest in folder.glob("step_*/manifest.json")), key=_step_of, default=None)
+    return next(reversed(_steps(folder, committed=True)), None)
+
+
+def set_newer_aside(folder: Path, start: Path) -> list[Path]:
+    """Rename committed checkpoints with a higher step than that of `start`, so that the run can go on from there.
+
+    Returns:
+        The new places.
+    """
+    step, moved = read(start)["step"], []
+    for path in _steps(folder, committed=True):
+        if _step_of(path) > step and not path.samefile(start):
+            moved.append(path.rename(path.with_name(f"set-aside-{path.name}-{uuid.uuid4().hex[:4]}")))
+    return moved
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether all files of a committed checkpoint have their checksums; reads all of them."""
+    try:
+        content = _read(checkpoint)
+        shards = checkpoint / content["shards"]
+        return all(checksum(shards / name) == entry for name, entry in content["files"].items())
+    except (OSError, ValueError):
+        return False
+
+
+def use_another(checkpoint: Path, found: str) -> str:
+    """Return `found`, what is wrong with a checkpoint, and which other one of the same folder is whole."""
+    found = found.removesuffix("; use another checkpoint")
+    others = [path for path in reversed(_steps(checkpoint.parent, committed=True)) if path.name != checkpoint.name]
+    if whole := next((path for path in others if is_whole(path)), None):
+        return f"{found}; the newest other one that is whole is {whole.name}: go on with --resume {quote(str(whole))}"
+    return f"{found}; no other one there is whole: use another checkpoint, or begin again with another run_name"
 
 
 def _require(condition: object, found: str) -> None:
@@ -146,6 +207,14 @@ def _require(condition: object, found: str) -> None:
 
 
 def read(checkpoint: Path) -> dict[str, Any]:
+    """Read and check a checkpoint's manifest, as `_read`; the message of its ValueError names another checkpoint."""
+    try:
+        return _read(checkpoint)
+    except ValueError as error:
+        raise ValueError(use_another(checkpoint, str(error))) from None
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
     """Read and check a checkpoint's manifest: that it is ours, and its files are there in full size, and no others.
 
     The manifest may be anyone's: names in it that lead elsewhere are refused, and so are links.

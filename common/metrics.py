@@ -1,6 +1,10 @@
 """The metric line: summed over the ranks, read a step late, written to metrics.jsonl and to what else is asked for."""
 
+import contextlib
+import errno
+import importlib
 import json
+import os
 import resource
 import statistics
 import sys
@@ -11,13 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from common.ranks import fail
-from common.run_folder import write_whole
+from common.records import Row, read_rows, write_whole
 
 if TYPE_CHECKING:
     from common.config import RunConfig
 
-Row = dict[str, Any]
 Sums = tuple[float, float, bool]  # loss summed over the ranks, gradient norm, whether any rank was asked to stop
 
 
@@ -64,35 +66,60 @@ class MetricsFile:
 
     Args:
         folder: of the run.
-        config: says whether TensorBoard and Weights & Biases get the rows too.
-        settings: the same as plain values, for Weights & Biases.
+        sinks: from `open_sinks`.
         first_step: rows of later steps, left by an attempt that went further than its last checkpoint, are removed.
+
+    Raises:
+        OSError: the file cannot be written.
     """
 
-    def __init__(self, folder: Path, config: "RunConfig", settings: dict[str, Any], first_step: int) -> None:
+    def __init__(self, folder: Path, sinks: list["Sink"], first_step: int) -> None:
         path = folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        rows = read_rows(folder) if path.exists() else []
         # An evaluation counts the steps done before it: the one after the last step has step = first_step.
         kept = [row for row in rows if row["step"] < first_step + ("val_loss" in row)]
         self.rows: list[Row] = [row for row in kept if "loss" in row]
         self.validation: dict[int, float] = {row["step"]: row["val_loss"] for row in kept if "val_loss" in row}
         write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115  (closed in close; a line at a time is on disk)
-        self._sinks = [sink(folder, settings, first_step) for sink in _sinks(config)]
+        self.path, self._sinks, self._waiting = path, sinks, b""
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  (closed in close)
+        self._size = path.stat().st_size
 
-    def add(self, row: Row, to_sinks: bool) -> None:
-        """Append a row: of a step (it has `loss`) or of an evaluation (`val_loss`)."""
+    def add(self, row: Row, to_sinks: bool) -> str | None:
+        """Append a row: of a step (it has `loss`) or of an evaluation (`val_loss`).
+
+        Returns:
+            Why it could not be written, or None. The next call tries again.
+        """
         if "loss" in row:
             self.rows.append(row)
         else:
             self.validation[row["step"]] = row["val_loss"]
-        self._file.write(json.dumps(row) + "\n")
+        self._waiting += json.dumps(row).encode() + b"\n"
         for sink in self._sinks if to_sinks else ():
             sink.add(row)
+        return self._write()
+
+    def _write(self) -> str | None:
+        try:
+            if self._file.write(self._waiting) == len(self._waiting):
+                self._size, self._waiting = self._size + len(self._waiting), b""
+                return None
+            reason = os.strerror(errno.ENOSPC)  # a part of it had room
+        except OSError as error:
+            reason = error.strerror or str(error)
+        with contextlib.suppress(OSError):
+            self._file.truncate(self._size)  # no torn line stays
+        return f"{self.path} cannot be written: {reason}"
+
+    def sync(self) -> None:
+        """Bring the rows to the disk, before a checkpoint that comes after them."""
+        with contextlib.suppress(OSError):  # the checkpoint's own error says it better
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file and the sinks."""
+        self.sync()
         self._file.close()
         for sink in self._sinks:
             sink.close()
@@ -102,10 +129,8 @@ class TensorBoardSink:
     """Rows as curves in TensorBoard: tensorboard --logdir runs."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], first_step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            fail("tensorboard = true needs the package tensorboard; install it (make venv), or leave the setting out")
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def add(self, row: Row) -> None:
@@ -123,10 +148,8 @@ class WandbSink:
     """Rows in Weights & Biases; the key comes from the environment or from `wandb login`."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], first_step: int) -> None:
-        try:
-            import wandb
-        except ImportError:
-            fail("--wandb true needs the package wandb: pip install wandb")
+        import wandb
+
         self._run = wandb.init(name=folder.name, dir=folder, config=settings, resume="allow", id=folder.name)
 
     def add(self, row: Row) -> None:
@@ -138,9 +161,37 @@ class WandbSink:
         self._run.finish()
 
 
-def _sinks(config: "RunConfig") -> list[type[TensorBoardSink] | type[WandbSink]]:
-    chosen = ((config.tensorboard, TensorBoardSink), (config.wandb, WandbSink))
-    return [sink for wanted, sink in chosen if wanted]
+Sink = TensorBoardSink | WandbSink
+
+
+def _sinks(config: "RunConfig") -> list[tuple[str, str, type[Sink]]]:
+    chosen = (
+        (config.tensorboard, "tensorboard", "torch.utils.tensorboard", TensorBoardSink),
+        (config.wandb, "wandb", "wandb", WandbSink),
+    )
+    return [(package, module, sink) for wanted, package, module, sink in chosen if wanted]
+
+
+def import_sinks(config: "RunConfig") -> None:
+    """Import what TensorBoard and Weights & Biases need, where the settings ask for them. ValueError: it is missing."""
+    for package, module, _ in _sinks(config):
+        try:
+            if importlib.import_module(module).__file__ is None:  # a folder wandb/ of runs, not the package
+                raise ImportError(f"No module named {package!r}")
+        except Exception as error:  # whatever a half-installed package raises
+            found = f"{package} = true needs the package {package}, which cannot be imported ({error})"
+            raise ValueError(f"{found}; pip install {package}, or leave the setting out") from None
+
+
+def open_sinks(config: "RunConfig", folder: Path, settings: dict[str, Any], first_step: int) -> list[Sink]:
+    """Begin to log to TensorBoard and Weights & Biases, where the settings ask for it. ValueError: it is refused."""
+    opened: list[Sink] = []
+    for package, _, sink in _sinks(config):
+        try:
+            opened.append(sink(folder, settings, first_step))
+        except Exception as error:  # the library's own: no key, no network, a full disk
+            raise ValueError(f"{package} = true: {error}; mend it, or leave the setting out") from None
+    return opened
 
 
 def median_rate(rows: list[Row], unit: str, first_step: int) -> float | None:

@@ -1,13 +1,11 @@
 """One run: what a training loop tells, and what it is told. Folder, stop requests and metrics have files of their own.
 
-    for step in run.steps():                  # the steps still to do; ends early when any rank was told to stop
+    for step in run.steps(validate):          # the steps still to do; ends early when any rank was told to stop
         …
         run.log(step, loss_sum, grad_norm, lr)
-        if run.wants_evaluation(step):
-            run.log_validation(step, val_loss)
-        run.end_step(step, model, optimizer)
+        run.end_step(step, model, optimizer)  # saves; after that `steps` evaluates: whatever fails there loses nothing
 
-A framework that owns the loop calls `next_step` instead of iterating over `steps`.
+A framework that owns the loop calls `next_step` instead of iterating over `steps`, and `log_validation`.
 """
 
 import math
@@ -17,13 +15,14 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common import flops, metrics, run_folder, same_start
+from common import ending, flops, metrics, run_folder, same_start
 from common.config import RunConfig, to_dict
 from common.data_sharding import derive_seed
 from common.ranks import Ranks, fail
@@ -80,12 +79,15 @@ class Run:
         self.start_sum = start_sum
         self.peak_flops = flops.peak_flops(ranks.device, config.train.precision) if flops_per_unit else None
 
-        settings = to_dict(config)
+        self.settings = to_dict(config)
         data = same_start.noted() | {"data for training": str(fingerprint)}
-        ranks.compare_start(same_start.of_settings(settings) | data)
-        self.folder, self._resume_from, self._attempt = ranks.first_or_fail(
-            lambda: run_folder.open_folder(config, settings, fingerprint)
+        ranks.compare_start(same_start.of_settings(self.settings) | data)
+        ranks.first_or_fail(lambda: metrics.import_sinks(config))
+        self.folder, self._start, self._back, changes = ranks.first_or_fail(
+            lambda: run_folder.open_folder(config, self.settings, fingerprint)
         )
+        if changes:
+            ranks.print(changes)
         self.record = {
             "framework": framework,
             "strategy": strategy,
@@ -102,12 +104,15 @@ class Run:
         }
         if ranks.is_main:
             self.record |= run_folder.environment_record(framework)
-            run_folder.write_record(self.folder, self.record)
-        self.stop_request = StopRequest(self.folder, watch_files=ranks.is_main)
+        self.stop_request = StopRequest(self.folder, ranks.is_main, alone=ranks.launcher == "python")
         self.first_step = 0
         self.steps_done = 0
+        self.evaluation_is_due = False  # the checkpoint was saved, and the evaluation after it did not come to its end
         self._step: int | None = None  # the one that the loop is in
         self._stopping = False  # all ranks have agreed
+        self._attempt: str | None = None  # of rank 0, from `begin` on
+        self._problem: str | None = None  # of rank 0: what it could not write
+        self._evaluated = False
         self._pending: tuple[int, float, float, Callable[[], metrics.Sums]] | None = None
         self._metrics: metrics.MetricsFile | None = None  # of rank 0, from `begin` on
         self._bar = tqdm(
@@ -121,24 +126,55 @@ class Run:
         self, model: "Model", optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
     ) -> None:
         """Load the checkpoint that this run continues from, if there is one, and begin. Call it before the loop."""
-        first_step = 0
-        if self._resume_from is not None:
+
+        def load(start: Path | None) -> int:
+            if start is None:
+                return 0
             from common import checkpoint  # here: it takes a second to import, and a new run does without
 
-            manifest = checkpoint.load(self._resume_from, model, optimizer, self.ranks)
+            groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            manifest = checkpoint.load(start, model, optimizer, self.ranks)
+            for group, ours in zip(optimizer.param_groups, groups, strict=True):
+                group |= ours  # a checkpoint brings its settings (betas, weight decay) along: those of now count
             if scaler and manifest["extra"].get("scaler"):
                 scaler.load_state_dict(manifest["extra"]["scaler"])
-            first_step = manifest["step"]
-            self.ranks.print(f"resumed from {self._resume_from}: {first_step} steps done")
-        self.begin(first_step)
+            return manifest["step"]
 
-    def begin(self, first_step: int) -> None:
-        """Open the metrics, cut back to `first_step` steps. `restore` calls it; a framework that loads its own
-        checkpoints calls it instead."""
+        self.begin(load(self._start), load)
+
+    def begin(self, first_step: int, load: Callable[[Path | None], int] | None = None) -> None:
+        """Take the run folder over, and open the metrics, cut back to `first_step` steps. Nothing of the folder was
+        changed before: up to here, another start of this run goes on undisturbed.
+
+        `restore` calls it; a framework that loads its own checkpoints calls it instead. `load` loads a checkpoint once
+        more, where an attempt that was still alive has committed another one meanwhile.
+        """
+        config, start = self.config, self._start
+        sinks: list[metrics.Sink] = []
+
+        def take_over() -> tuple[Path | None, list[Path]]:
+            sinks.extend(metrics.open_sinks(config, self.folder, self.settings, first_step))
+            self._attempt, newest, aside = run_folder.take_over(
+                self.folder, start, self._back, self.settings, self.record
+            )
+            return newest, aside
+
+        self._start, aside = self.ranks.first_or_fail(take_over)
+        if load and self._start != start:
+            first_step = load(self._start)
         self.first_step = self.steps_done = first_step
-        if self.ranks.is_main:
-            self._metrics = metrics.MetricsFile(self.folder, self.config, to_dict(self.config), first_step)
-            self._bar.update(first_step)
+        last = first_step - 1
+
+        def open_metrics() -> bool:
+            self._metrics = metrics.MetricsFile(self.folder, sinks, first_step)
+            return last >= 0 and self.wants_evaluation(last) and first_step not in self._metrics.validation
+
+        self.evaluation_is_due = self.ranks.first_or_fail(open_metrics)
+        self._bar.update(first_step)
+        if self._start:
+            self.ranks.print(f"resumed from {self._start}: {first_step} steps done")
+        for path in aside:
+            self.ranks.print(f"a newer checkpoint is set aside as {path}: remove it when you do not need it")
         self.ranks.print(f"world size {self.ranks.world_size} on {self.record['device']}, run folder {self.folder}")
 
     def wants_saving(self, step: int) -> bool:
@@ -149,7 +185,12 @@ class Run:
     def end_step(
         self, step: int, model: "Model", optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
     ) -> None:
-        """Check the replicas and save a checkpoint when the settings, the end, or a request to stop say so."""
+        """Check the replicas and save a checkpoint when the settings, the end, or a request to stop say so.
+
+        Raises:
+            SystemExit: (exit code 2, on all ranks) the replicas differ; a loss, a gradient norm, a weight or a moment
+                is nan or inf; the checkpoint cannot be written. Earlier checkpoints are untouched.
+        """
         done, check = step + 1, self.config.train.check_replicas_every
         last = done == self.config.train.steps or self._stopping
         if check and (done % check == 0 or last):
@@ -158,8 +199,12 @@ class Run:
         if self.wants_saving(step):
             from common import checkpoint
 
-            self._read_pending()
-            extra = {"scaler": scaler.state_dict()} if scaler and scaler.is_enabled() else {}
+            self.settle()
+            if self._metrics is not None:
+                self._metrics.sync()  # a crash then leaves all rows up to the checkpoint
+            extra = {"settings": run_folder.lasting(self.settings), "data_fingerprint": self.record["data_fingerprint"]}
+            if scaler and scaler.is_enabled():
+                extra["scaler"] = scaler.state_dict()
             keep = self.config.checkpoint.keep
             checkpoint.save(self.folder / "checkpoints", done, model, optimizer, self.ranks, extra, keep, self._attempt)
             self._clock = time.perf_counter()  # saving is not part of a step
@@ -177,7 +222,7 @@ class Run:
             self.steps_done = self._step + 1
             self._bar.update()
         if self._stopping or self.is_complete:
-            self._read_pending()
+            self.settle()
             return None
         self._step = self.steps_done
         seed = derive_seed(self.config.seed, "step", self._step, self.ranks.rank)
@@ -186,11 +231,28 @@ class Run:
             torch.cuda.manual_seed(seed)
         return self._step
 
-    def steps(self) -> Iterator[int]:
-        """Yield the steps still to do; ends early, at the same step on all ranks, when any rank was told to stop."""
+    def steps(self, validate: Callable[[], float | dict[str, float]] | None = None) -> Iterator[int]:
+        """Yield the steps still to do; ends early, at the same step on all ranks, when any rank was told to stop.
+
+        Args:
+            validate: evaluates: the validation loss, or `val_loss` and other results by name, reduced over the ranks.
+                It is called after a step that was evaluated by `train.eval_every`, and after the last one; and first of
+                all where an attempt before this one saved, and did not get through its evaluation.
+        """
         self._step, self.steps_done = None, self.first_step
-        while (step := self.next_step()) is not None:
+        done, wanted = self.first_step, self.evaluation_is_due
+        while True:
+            if wanted and validate:
+                results = validate()
+                self.log_validation(done - 1, **(results if isinstance(results, dict) else {"val_loss": results}))
+            if (step := self.next_step()) is None:
+                return
             yield step
+            done = step + 1
+            cut_short = (
+                self._stopping and done < self.config.train.steps
+            )  # there may be seconds left; resumed, it is due
+            wanted = self.wants_evaluation(step) and not cut_short
 
     @property
     def is_complete(self) -> bool:
@@ -204,13 +266,18 @@ class Run:
             loss_sum: this rank's sum of losses over the step, before the update; scalar, on the device.
             grad_norm: global gradient norm before clipping; scalar.
         """
-        self._read_pending()
+        self.settle()
         read = self.start_sum(loss_sum, grad_norm, self.stop_request.is_set())
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         self._pending = (step, lr, seconds, read)
 
-    def _read_pending(self) -> None:
+    def settle(self) -> None:
+        """Read the metrics of the last step logged. Whoever commits a checkpoint of its own calls it before.
+
+        Raises:
+            SystemExit: (exit code 2, on all ranks) the loss or the gradient norm is nan or inf.
+        """
         if self._pending is None:
             return
         step, lr, seconds, read = self._pending
@@ -220,17 +287,18 @@ class Run:
         loss = loss_sum / self.units_per_step
         if self._metrics is not None:
             self._write_step(self._metrics, step, loss, grad_norm, lr, seconds)
-        if not math.isfinite(loss):
-            fail(
-                f"the loss is {loss} at step {step}; lower optimizer.lr, or look at the data; checkpoints are untouched"
-            )
+        what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient norm", grad_norm)
+        # fp16's scaler leaves such a step out; anywhere else its update has spoiled the weights by now.
+        if not math.isfinite(loss) or (not math.isfinite(grad_norm) and self.config.train.precision != "fp16"):
+            advice = "lower optimizer.lr, or look at the data; checkpoints are untouched"
+            fail(f"the {what} is {value} at step {step}; {advice}")
 
     def _write_step(
         self, file: metrics.MetricsFile, step: int, loss: float, grad_norm: float, lr: float, seconds: float
     ) -> None:
         rate = self.units_per_step / seconds
         memory = metrics.peak_memory_bytes(self.ranks.device)
-        mfu = self._mfu(rate)
+        mfu = self.mfu(rate)
         row = {
             "step": step,
             "loss": loss,
@@ -243,14 +311,23 @@ class Run:
             "peak_memory_bytes": memory,
         }
         shown = step % self.config.train.log_every == 0 or step + 1 == self.config.train.steps
-        file.add(row, to_sinks=shown)
+        self._note(file.add(row, to_sinks=shown))
         if shown:
             self.ranks.print(
                 f"step {step:>5}  loss {loss:.4f}  grad norm {grad_norm:.3f}  lr {lr:.2e}  {rate:,.0f} {self.unit}/s"
                 f"{f'  mfu {mfu:.1%}' if mfu else ''}  peak memory {memory / 2**30:.2f} GiB"
             )
 
-    def _mfu(self, rate: float) -> float | None:
+    def _note(self, problem: str | None) -> None:
+        """Rank 0 cannot write a row: all stop, so that a checkpoint is saved if it can be, and `finish` says why."""
+        if problem and not self._problem:
+            print(f"warning: {problem}; this run saves a checkpoint if it can, and ends", file=sys.stderr, flush=True)
+        self._problem = problem
+        if problem:
+            self.stop_request.request()
+
+    def mfu(self, rate: float) -> float | None:
+        """Model FLOPs utilization at `rate` units per second; None where the FLOPs or the peak are not known."""
         if not (self.flops_per_unit and self.peak_flops):
             return None
         return flops.mfu(rate, self.flops_per_unit, self.peak_flops, self.ranks.world_size)
@@ -261,10 +338,20 @@ class Run:
         return step + 1 == self.config.train.steps or bool(every and (step + 1) % every == 0)
 
     def log_validation(self, step: int, val_loss: float, **more: float) -> None:
-        """Record an evaluation after step `step`: `val_loss` and other results, already reduced over the ranks."""
-        self._read_pending()
+        """Record an evaluation after step `step`: `val_loss` and other results, already reduced over the ranks.
+
+        Raises:
+            SystemExit: (exit code 2, on all ranks) the validation loss is nan or inf.
+        """
+        self.settle()
+        self.evaluation_is_due, self._evaluated = False, True
+        if not math.isfinite(val_loss):  # not recorded: started again, the run evaluates again
+            fail(
+                f"the validation loss is {val_loss} after {step + 1} steps; look at the validation data, or lower "
+                f"optimizer.lr; checkpoints are untouched"
+            )
         if self._metrics is not None:
-            self._metrics.add({"step": step + 1, "val_loss": val_loss, **more}, to_sinks=True)
+            self._note(self._metrics.add({"step": step + 1, "val_loss": val_loss, **more}, to_sinks=True))
         extra = "".join(f"  {name.replace('_', ' ')} {value:.4f}" for name, value in more.items())
         self.ranks.print(f"after {step + 1} steps  validation loss {val_loss:.4f}{extra}")
         self._clock = time.perf_counter()  # evaluating is not part of a step
@@ -272,50 +359,17 @@ class Run:
     # ------------------------------------------------------------------------------------------- the end
 
     def finish(self) -> None:
-        """Write the curve and print the summary. All ranks must call it."""
+        """Write the curve and print the summary. All ranks must call it.
+
+        Raises:
+            SystemExit: (exit code 2, on all ranks) a row, run.json or the curve cannot be written.
+        """
         peaks = self.ranks.all_gather(metrics.peak_memory_bytes(self.ranks.device))
         self._bar.close()
         self.stop_request.close()
-        if self._metrics is None:
-            return
-        self._metrics.close()
-        rows, validation = self._metrics.rows, self._metrics.validation
-        rate = metrics.median_rate(rows, self.unit, self.first_step)
-        flops_per_rank = rate * self.flops_per_unit / self.ranks.world_size if rate and self.flops_per_unit else None
-        self.record |= {
-            "status": "finished" if self.is_complete else "stopped",
-            "steps_done": self.steps_done,
-            "ended": run_folder.now(),
-            "peak_memory_bytes": peaks,
-        }
-        if rate is not None:
-            self.record |= {
-                f"{self.unit}_per_second": rate,
-                "model_flops_per_second_per_rank": flops_per_rank,
-                "mfu": self._mfu(rate),
-            }
-        run_folder.write_record(self.folder, self.record)
-        if self.steps_done == self.first_step:
-            steps = self.config.train.steps
-            print(f"\nnothing to do: {self.steps_done} of {steps} steps were done already; run folder {self.folder}")
-            return
-        metrics.plot_loss(rows, validation, self.folder / "loss.png")
-        print(self._summary(rows, validation, rate or 0.0, max(peaks)), flush=True)
-
-    def _summary(self, rows: list[metrics.Row], validation: dict[int, float], rate: float, peak: int) -> str:
-        steps, size, status = self.config.train.steps, self.ranks.world_size, self.record["status"]
-        val_loss = f"{validation[max(validation)]:.4f}" if validation else "not evaluated"
-        again = f"torchrun --nproc-per-node={size}" if size > 1 else "python"
-        again += f" {sys.argv[0]} --config {self.folder}/config.yaml --run_name {self.folder.name}"
-        return (
-            f"\n{status} after {self.steps_done} of {steps} steps\n"
-            f"  loss             {rows[0]['loss']:.4f} at first, {rows[-1]['loss']:.4f} at last\n"
-            f"  validation loss  {val_loss}\n"
-            f"  speed            {rate:,.0f} {self.unit}/s (median)\n"
-            f"  peak memory      {peak / 2**30:.2f} GiB on one rank\n"
-            f"  run folder       {self.folder} (metrics.jsonl, loss.png, checkpoints/)\n"
-            f"  to go on         {again}{f' --train.steps {2 * steps}' if status == 'finished' else ''}"
-        )
+        if self._metrics is not None:
+            self._metrics.close()
+        self.ranks.first_or_fail(lambda: ending.write_end(self, self._metrics, peaks, self._problem, self._evaluated))
 
 
 def _device_name(device: torch.device) -> str:

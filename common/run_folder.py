@@ -7,7 +7,6 @@ runs/<name>/config.yaml      the resolved settings
             loss.png         the curve
 """
 
-import json
 import os
 import platform
 import secrets
@@ -16,25 +15,22 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from common import manifest
+from common import manifest, records
 
 if TYPE_CHECKING:
     from common.config import RunConfig
 
 AXES = ("dp_replicate", "dp_shard", "tp", "pp", "cp", "ep")  # of the mesh in run.json, the same for every lesson
 MUST_MATCH = ("seed", "data", "model", "batch.global_size")  # a resumed run must go on with the same data and model
-MAY_DIFFER = ("path", "workers", "validation_samples")  # within the section data; the fingerprint covers the content
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that, whenever the process dies, the old or the new one is there."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+# What may change without a word: where things are, how often something is done, how the work is divided.
+MAY_DIFFER = (
+    "data.path", "data.workers", "data.validation_samples", "batch.micro_size", "train.steps", "train.log_every",
+    "train.eval_every", "train.check_replicas_every", "checkpoint", "resume", "device", "run_name", "runs_dir",
+    "timeout_s", "network_profile", "tensorboard", "wandb", "mesh", "fsdp", "strategy", "framework", "export",
+)  # fmt: skip
 
 
 def full_mesh(mesh: dict[str, int] | None, world_size: int) -> dict[str, int]:
@@ -56,15 +52,18 @@ def full_mesh(mesh: dict[str, int] | None, world_size: int) -> dict[str, int]:
 
 def open_folder(
     config: "RunConfig", settings: dict[str, Any], fingerprint: str | None
-) -> tuple[Path, Path | None, str]:
+) -> tuple[Path, Path | None, bool, str | None]:
     """Choose and make the run's folder, and find the checkpoint to start from. Call it on rank 0 alone.
+
+    What is in the folder stays as it is: another attempt may be running, and this one may still fail; see `take_over`.
 
     Args:
         config: the resolved settings; `settings` is the same as plain dicts and lists.
         fingerprint: of the data; a run is continued with the same data only.
 
     Returns:
-        The folder, the checkpoint (None: start from step 0), and the name of this attempt, for `checkpoint.save`.
+        The folder; the checkpoint (None: start from step 0); whether the user named this checkpoint of the run itself;
+        a line on what has changed since it was made, or None.
 
     Raises:
         ValueError: in one line, why this run cannot start in that folder.
@@ -79,59 +78,122 @@ def open_folder(
     unique = f"job{job}" if job else f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     folder = Path(config.runs_dir) / (name or f"{kind}-{unique}")
     checkpoints = folder / "checkpoints"
+    again = any(os.environ.get(f"{launcher}_RESTART_COUNT", "0") != "0" for launcher in ("SLURM", "TORCHELASTIC"))
     try:
-        exists = (folder / "config.yaml").is_file()
+        own = manifest.latest(checkpoints)
+        exists = own is not None or (folder / "config.yaml").is_file()
         if exists and resume == "never":
             raise ValueError(f"run {folder} exists already, and resume = never; choose another run_name")
-        again = (os.environ.get(f"{launcher}_RESTART_COUNT", "0") != "0" for launcher in ("SLURM", "TORCHELASTIC"))
-        if exists and not name and not any(again):
+        if exists and not name and not again:
             advice = f"name the second with --run_name, or go on with --run_name {folder.name}"
             raise ValueError(f"this Slurm job has a run {folder} already; {advice}")
-        from_elsewhere = resume not in ("auto", "never")
-        if from_elsewhere and Path(resume).resolve().is_relative_to(folder.resolve()):
-            advice = "leave resume out to go on with it, or choose another run_name to begin a new run from there"
-            raise ValueError(f"resume = {resume} lies in the folder of this very run; {advice}")
-        start = manifest.latest(checkpoints)
-        if start:
-            _compare(folder, settings, fingerprint)
-        elif from_elsewhere:
+        named = resume not in ("auto", "never")
+        # A checkpoint of this very run counts once: a requeued job goes on from its newest, not from there again.
+        back = named and not again and Path(resume).resolve().is_relative_to(checkpoints.resolve())
+        start = own
+        if named and (back or own is None):
             start = manifest.latest(Path(resume, "checkpoints")) or Path(resume)
             try:
                 manifest.read(start)
             except ValueError as error:
                 raise ValueError(f"resume = {resume}: {error}") from None
+        changes = _compare(folder, start, settings, fingerprint) if start else None
         checkpoints.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"run folder {folder}: {_trouble(error)}") from None
+    return folder, start, back, changes
+
+
+def _trouble(error: OSError) -> str:
+    link = Path(str(error.filename))
+    if link.is_symlink() and not link.exists():
+        return f"{link} is a link to {os.readlink(link)}, which is gone; bring that back, or remove the link"
+    return f"{error.strerror}: {error.filename}; choose a folder you can write to with --runs_dir"
+
+
+def take_over(
+    folder: Path, start: Path | None, back: bool, settings: dict[str, Any], record: dict[str, Any]
+) -> tuple[str, Path | None, list[Path]]:
+    """Make this attempt the one that may commit, and write config.yaml and run.json. Call it on rank 0 alone, once
+    nothing that can be tried before can fail any more: another attempt that runs ends by it.
+
+    Args:
+        start, back: from `open_folder`.
+        settings, record: of the run.
+
+    Returns:
+        The name of this attempt, for `checkpoint.save`; the checkpoint to start from, which is another one if the
+        attempt before committed it meanwhile; and where newer checkpoints were moved, if the user went back.
+
+    Raises:
+        ValueError: in one line, what cannot be written.
+    """
+    checkpoints, aside = folder / "checkpoints", []
+    try:
         (folder / "stop").unlink(missing_ok=True)
         attempt = manifest.claim(checkpoints)
-        # Until the claim, an earlier attempt could still commit a checkpoint, and remove an old one.
-        start = manifest.latest(checkpoints) or start
-        write_whole(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{folder}/config.yaml is not valid YAML: {error}") from None
+        if back and start:
+            aside = manifest.set_newer_aside(checkpoints, start)
+        else:
+            start = manifest.latest(checkpoints) or start
+        inside = Path(settings["resume"]).resolve().is_relative_to(checkpoints.resolve())
+        records.write_settings(folder, settings | ({"resume": "auto"} if inside else {}))  # going back counts once
+        records.write_record(folder, record)
     except OSError as error:
-        advice = "choose a folder you can write to with --runs_dir"
-        raise ValueError(f"run folder {folder}: {error.strerror}; {advice}") from None
-    return folder, start, attempt
+        raise ValueError(f"run folder {folder}: {_trouble(error)}") from None
+    return attempt, start, aside
 
 
-def _lookup(tree: dict[str, Any], key: str) -> Any:
-    for part in key.split("."):
-        tree = tree.get(part, {})
-    return {name: value for name, value in tree.items() if name not in MAY_DIFFER} if key == "data" else tree
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
-def _compare(folder: Path, settings: dict[str, Any], fingerprint: str | None) -> None:
-    """ValueError: the run in `folder` has seen other data, or is of another model."""
-    before = yaml.safe_load((folder / "config.yaml").read_text())
-    changed = [key for key in MUST_MATCH if _lookup(before, key) != _lookup(settings, key)]
-    if changed:
-        advice = f"go on with the same ones (--config {folder}/config.yaml), or choose another run_name"
-        raise ValueError(f"run {folder} was made with other settings of {', '.join(changed)}; {advice}")
-    record = folder / "run.json"  # fsdp/checkpoint.py writes none
-    seen = json.loads(record.read_text())["data_fingerprint"] if record.is_file() else fingerprint
-    if fingerprint != seen:
+def _within(key: str, names: tuple[str, ...]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def lasting(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings by dotted name, without those of `MAY_DIFFER`: a checkpoint keeps what it was made with."""
+    return {key: value for key, value in _flatten(settings).items() if not _within(key, MAY_DIFFER)}
+
+
+def _compare(folder: Path, start: Path, settings: dict[str, Any], fingerprint: str | None) -> str | None:
+    """Return a line on what has changed since `start` was made.
+
+    Raises:
+        ValueError: `start` is of the run in `folder`, which has seen other data, or is of another model or precision.
+    """
+    made_in = start.parent.parent
+    extra = manifest.read(start)["extra"] or {}
+    if "settings" not in extra:  # made before checkpoints said so, or by a tool
+        settings_file, record_file = made_in / "config.yaml", made_in / "run.json"
+        if settings_file.is_file():
+            extra = extra | {"settings": lasting(records.read_settings(made_in))}
+        if record_file.is_file():  # fsdp/checkpoint.py writes none
+            extra = extra | {"data_fingerprint": records.read_record(made_in).get("data_fingerprint")}
+    before, now = extra.get("settings", {}), lasting(settings)
+    own = start.resolve().is_relative_to(folder.resolve())
+    common = now.keys() & before.keys()
+    if own and before:  # from elsewhere, it may be of a script with other settings
+        common |= {k for k in now | before if _within(k, MUST_MATCH)}
+    changed = [k for k in now | before if k in common and now.get(k) != before.get(k)]
+    doubles = "fp64" in (before.get("train.precision"), now.get("train.precision"))
+    refused = [k for k in changed if _within(k, MUST_MATCH) or (k == "train.precision" and doubles)]
+    seen = extra.get("data_fingerprint", fingerprint)
+    if own and refused:
+        sections = [name for name in (*MUST_MATCH, "train.precision") if any(_within(k, (name,)) for k in refused)]
+        advice = f"go on with the same ones (--config {quote(f'{folder}/config.yaml')}), or choose another run_name"
+        raise ValueError(f"run {folder} was made with other settings of {', '.join(sections)}; {advice}")
+    if own and fingerprint != seen:
         difference = f"run {folder} was made with other data (fingerprint {seen}, now {fingerprint})"
         raise ValueError(f"{difference}; go on with the same files, or choose another run_name")
+    found = [f"{k} was {before.get(k)}, is {now.get(k)}" for k in changed]
+    if fingerprint != seen:
+        found.append(f"the data's fingerprint was {seen}, is {fingerprint}")
+    return f"changed since {start} was made: {'; '.join(found)}" if found else None
 
 
 def _git_commit() -> str | None:
@@ -161,8 +223,3 @@ def environment_record(framework: str) -> dict[str, Any]:
 def now() -> str:
     """The time with its zone, as run.json has it."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write run.json."""
-    write_whole(folder / "run.json", json.dumps(record, indent=1) + "\n")

@@ -17,15 +17,25 @@ class StopRequest:
         folder: of the run. The variable STOP_FILE names a second file: slurm/job_env.sh makes it when Slurm is about
             to take the nodes away.
         watch_files: on one rank only; the others learn of it from that one.
+        alone: no launcher passes Ctrl-C on a second time: a second one ends the process at once.
     """
 
-    def __init__(self, folder: Path, watch_files: bool) -> None:
+    def __init__(self, folder: Path, watch_files: bool, alone: bool = False) -> None:
+        self._speaks, self._alone = watch_files, alone
         by_job = os.environ.get("STOP_FILE")
         self._files = [folder / "stop", *([Path(by_job)] if by_job else [])] if watch_files else []
         self._requested, self._looked_at = threading.Event(), 0.0
         self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._speaks and not self._requested.is_set():
+            what = "this run saves a checkpoint and ends, after the step or evaluation that it is in"
+            again = "; once more: it ends at once, without saving" if self._alone and number == signal.SIGINT else ""
+            os.write(
+                2, f"\n{signal.Signals(number).name}: {what}{again}\n".encode()
+            )  # print may be in the middle of a line
+        if self._alone and number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
         self.request()
 
     def request(self) -> None:

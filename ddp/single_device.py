@@ -51,8 +51,12 @@ def main(config: Config) -> None:
     ranks.print(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
     run.restore(model, optimizer, scaler)
 
+    def validate() -> float:
+        with autocast:
+            return evaluate(model, validation_set, plan.micro_size, ranks.device)
+
     # ---- training
-    for step in run.steps():  # goes on where the last checkpoint ended
+    for step in run.steps(validate):  # goes on where the last checkpoint ended
         lr = learning_rate(step, config.train.steps, config.optimizer)
         set_learning_rate(optimizer, lr)
         loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
@@ -68,11 +72,7 @@ def main(config: Config) -> None:
         scaler.update()
         optimizer.zero_grad()
         run.log(step, loss_sum, grad_norm, lr)  # read one step late: the loop never waits for the device
-
-        if run.wants_evaluation(step):
-            with autocast:
-                run.log_validation(step, evaluate(model, validation_set, plan.micro_size, ranks.device))
-        run.end_step(step, model, optimizer, scaler)
+        run.end_step(step, model, optimizer, scaler)  # saves; after that, `steps` evaluates
     run.finish()
 
 

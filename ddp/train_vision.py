@@ -84,8 +84,13 @@ def main(config: VisionConfig) -> None:
     ranks.print(f"{flops / 1e6:.4g} MFLOP per image: three times the forward, as torch counts it")
     run.restore(model, optimizer, scaler)
 
+    def validate() -> dict[str, float]:
+        with autocast:
+            loss, accuracy = evaluate(model, validation_set, plan.micro_size, ranks, config.data.workers)
+        return {"val_loss": loss, "accuracy": accuracy}
+
     # ---- training
-    for step in run.steps():  # goes on where the last checkpoint ended
+    for step in run.steps(validate):  # goes on where the last checkpoint ended
         lr = learning_rate(step, config.train.steps, settings)
         set_learning_rate(optimizer, lr)
         loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
@@ -107,12 +112,7 @@ def main(config: VisionConfig) -> None:
         optimizer.zero_grad()
         average_statistics(model, ranks)
         run.log(step, loss_sum, grad_norm, lr)  # read one step late: the loop never waits for the device
-
-        if run.wants_evaluation(step):
-            with autocast:
-                loss, accuracy = evaluate(model, validation_set, plan.micro_size, ranks, config.data.workers)
-            run.log_validation(step, loss, accuracy=accuracy)
-        run.end_step(step, model, optimizer, scaler)
+        run.end_step(step, model, optimizer, scaler)  # saves; after that, `steps` evaluates
     run.finish()
     ranks.leave()  # a barrier, then the end of the process group
 

@@ -71,7 +71,7 @@ def main(config: TrainerConfig) -> None:
     run.begin(first_step)
 
     # ---- training: forward, backward, clip, step, all in one call
-    if run.first_step < config.train.steps:
+    if run.first_step < config.train.steps or run.evaluation_is_due:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         if trainer.state.global_step == config.train.steps:
             print_answers(ranks, trainer.answers, validation_questions, questions)
@@ -164,6 +164,9 @@ class PlannedTrainer(transformers.Trainer):
 
     def evaluate(self, *arguments, **options) -> dict[str, float]:
         """Loss, exact match and F1, each sample and question on exactly one rank: Trainer's own would pad them."""
+        if self.control.should_save:  # Trainer would evaluate first, and what fails there would lose the training
+            self._save_checkpoint(self.model_wrapped, trial=None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         validation_set, asked, tokenizer = self.questions
         size, ranks = self.plan.micro_size, self.run.ranks
         loss = evaluate(self.model, validation_set, size, ranks)

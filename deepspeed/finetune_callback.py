@@ -20,6 +20,7 @@ class RunCallback(transformers.TrainerCallback):
         self.trainer, self.run, self.ranks, self.strategy = trainer, run, ranks, strategy
 
     def on_train_begin(self, args, state, control, **more) -> None:
+        args.eval_on_start = self.run.evaluation_is_due  # the attempt before this one did not get through it
         self.run.next_step()
         if self.trainer.deepspeed:
             record_grad_norm(self.trainer.deepspeed)  # stage 0 forgets the gradient norm
@@ -37,6 +38,7 @@ class RunCallback(transformers.TrainerCallback):
         control.should_training_stop |= last
 
     def on_save(self, args, state, control, **more) -> None:
+        self.run.settle()  # a loss or a norm that is not finite ends here, and is not committed
         done = state.global_step
         folder = self.run.folder / "checkpoints" / f"checkpoint-{done}"
         commit(folder, done, self.strategy, self.run.config, self.ranks)

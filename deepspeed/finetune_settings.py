@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from common.config_fields import PathText
 from common.manifest import checksum
 from common.ranks import Ranks, fail
+from common.records import write_whole
 from finetuning.config import FinetuneConfig, FinetuneTrain
 from finetuning.models import random_model, read_model, require
 
@@ -102,8 +104,11 @@ def tell_accelerate(ranks: Ranks, with_deepspeed: bool) -> None:
 
 def must_match(config: TrainerConfig) -> dict[str, Any]:
     """What a training has to go on with: otherwise it would be neither the old one nor a new one."""
-    data = {f"data.{name}": value for name, value in asdict(config.data).items()}
-    return {"seed": config.seed, "batch.global_size": config.batch.global_size, "model_path": config.model_path} | data
+    # Trainer's checkpoint brings the optimizer's settings along, and the learning rate: others would have no effect.
+    sections = {"data": asdict(config.data), "optimizer": asdict(config.optimizer)}
+    inside = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    settings = {"seed": config.seed, "batch.global_size": config.batch.global_size, "model_path": config.model_path}
+    return json.loads(json.dumps(settings | inside))  # as they come back from the file: no tuples
 
 
 def commit(folder: Path, step: int, strategy: str, config: TrainerConfig, ranks: Ranks) -> None:
@@ -116,17 +121,17 @@ def commit(folder: Path, step: int, strategy: str, config: TrainerConfig, ranks:
         files = {str(path.relative_to(folder)): checksum(path) for path in folder.rglob("*") if path.is_file()}
         manifest = {"step": step, "world_size": ranks.world_size, "strategy": strategy}
         manifest |= {"settings": must_match(config), "files": files}
-        (folder / "unfinished").write_text(json.dumps(manifest, indent=1))
-        os.replace(folder / "unfinished", folder / MANIFEST)
+        write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
         for old in committed(folder.parent)[: -config.checkpoint.keep]:
             shutil.rmtree(old)
     ranks.barrier()
 
 
 def committed(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, by step."""
+    """The complete checkpoints in a folder, by step; copies that the user has named otherwise do not count."""
     found = [manifest.parent for manifest in folder.glob(f"checkpoint-*/{MANIFEST}")]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    ours = [path for path in found if re.fullmatch(r"checkpoint-[0-9]+", path.name) and not path.is_symlink()]
+    return sorted(ours, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def last_checkpoint(folder: Path, strategy: str, config: TrainerConfig, ranks: Ranks) -> tuple[Path | None, int]:

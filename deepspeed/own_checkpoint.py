@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import yaml
 from checkpoint_files import fingerprint, newest, refuse_foreign_pickles
 from environment import deepspeed
 
@@ -33,6 +32,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from settings import start_deepspeed
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from common import records
 from common.config import parse, runs_dir, to_dict
 from common.config_fields import PathText, to_path
 from common.data import TextConfig, text_datasets
@@ -183,7 +183,7 @@ def open_folder(config: SaveConfig, ranks: Ranks) -> Path:
     if ranks.is_main:
         try:
             (folder / "checkpoints").mkdir(parents=True)
-            (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+            records.write_settings(folder, to_dict(config))
         except OSError as error:
             problem = f"--output {folder}: {error.strerror}; choose a new folder where you can write"
     if problem := ranks.broadcast(problem):
@@ -195,6 +195,10 @@ def settings_of(run_folder: Path) -> SaveConfig:
     """What the run was made with. SystemExit: there is no such run, or it is of another script."""
     if not (run_folder / "config.yaml").is_file():
         fail(f"{run_folder}/config.yaml does not exist; expected a folder written by save, such as runs/zero")
+    try:
+        records.read_settings(run_folder)  # an empty file would be read as the defaults
+    except ValueError as error:
+        fail(str(error))
     return parse(SaveConfig, ["--config", str(run_folder / "config.yaml")])
 
 

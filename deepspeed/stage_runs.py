@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import shlex
 import statistics
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from common import records
 from common.ranks import fail
 
 SCRIPT = Path(__file__).with_name("finetune.py")
@@ -43,8 +43,7 @@ def measure(row: dict[str, Any], name: str, options: argparse.Namespace, nodes: 
     if process.returncode:
         lines = [line for line in (options.output / f"{name}.log").read_text().splitlines() if "error: " in line]
         fail(f"{name} ended with {process.returncode}: {lines[0] if lines else 'see'} ({options.output}/{name}.log)")
-    trained = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    trained, record = [r for r in trained if "loss" in r], json.loads((folder / "run.json").read_text())
+    trained, record = [r for r in records.read_rows(folder) if "loss" in r], records.read_record(folder)
     host, device = [value for value in host if value], [value for value in device if value]
     on_gpu = "CPU" not in record["device"]
     return {

@@ -61,8 +61,11 @@ def main(config: DeepSpeedConfig) -> None:
     ranks.print(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
     run.restore(state, optimizer)
 
+    def validate() -> float:
+        return evaluate(engine, validation_set, plan.micro_size, ranks)
+
     # ---- training
-    for step in run.steps():  # goes on where the last checkpoint ended
+    for step in run.steps(validate):  # goes on where the last checkpoint ended
         lr = learning_rate(step, config.train.steps, config.optimizer)
         set_learning_rate(optimizer, lr)
         loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
@@ -78,10 +81,7 @@ def main(config: DeepSpeedConfig) -> None:
             loss_sum += micro_loss_sum.detach()
         grad_norm = torch.as_tensor(engine.get_global_grad_norm())
         run.log(step, loss_sum, grad_norm, lr)  # read one step late; the engine itself waits once a step, for the norm
-
-        if run.wants_evaluation(step):
-            run.log_validation(step, evaluate(engine, validation_set, plan.micro_size, ranks))
-        run.end_step(step, state, optimizer)
+        run.end_step(step, state, optimizer)  # saves; after that, `steps` evaluates
     run.finish()
     ranks.leave()  # a barrier, then the end of the process group
 

@@ -156,9 +156,13 @@ def main(config: ByHandConfig) -> None:
         ranks.print(f"pipeline: {config.schedule}, {plan.accumulation} micro-batches, ideal bubble {bubble:.0%}")
     run.restore(whole, whole.optimizer)
 
+    def validate() -> float:
+        with autocast:
+            return evaluate(pipeline.evaluate if pipeline else module, validation_set, plan, mesh, positions, ranks)
+
     # ---- training
     scale = mesh.groups["dp_cp"].size() / tokens_per_step  # gradients are averaged over that group
-    for step in run.steps():
+    for step in run.steps(validate):
         lr = learning_rate(step, config.train.steps, config.optimizer)
         set_learning_rate(optimizer, lr)
         loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
@@ -183,12 +187,7 @@ def main(config: ByHandConfig) -> None:
         optimizer.step()
         optimizer.zero_grad()
         run.log(step, loss_sum / sizes["tp"], grad_norm, lr)  # tensor-parallel ranks all have the same loss
-
-        if run.wants_evaluation(step):
-            forward = pipeline.evaluate if pipeline else module
-            with autocast:
-                run.log_validation(step, evaluate(forward, validation_set, plan, mesh, positions, ranks))
-        run.end_step(step, whole, whole.optimizer)
+        run.end_step(step, whole, whole.optimizer)  # saves; after that, `steps` evaluates
     run.finish()
     if pipeline and pipeline.events and not any(mesh.coordinates[axis] for axis in ("dp", "cp", "tp")):
         pipeline.write_events(run.folder / "events")  # of the last step; draw them with gantt.py

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import yaml
 from settings import FsdpConfig, ShardedConfig, mesh_shape, set_prefetch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -31,7 +30,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from common import checkpoint, manifest
+from common import checkpoint, manifest, records
 from common.config import parse, runs_dir, to_dict
 from common.config_fields import PathText, to_path
 from common.data_sharding import derive_seed
@@ -187,7 +186,7 @@ def open_folder(output: str | None, settings: ShardedConfig, ranks: Ranks) -> Pa
     if ranks.is_main:
         try:
             (folder / "checkpoints").mkdir(parents=True)
-            (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(settings), sort_keys=False))
+            records.write_settings(folder, to_dict(settings))
         except OSError as error:
             problem = f"--output {folder}: {error.strerror}; choose a new folder where you can write"
     if problem := ranks.broadcast(problem):
@@ -213,6 +212,10 @@ def settings_of(run_folder: Path) -> ShardedConfig:
     """What the run was made with. SystemExit: there is no such run, or it is of another script."""
     if not (run_folder / "config.yaml").is_file():
         fail(f"{run_folder}/config.yaml does not exist; expected the folder of a run, such as runs/NAME")
+    try:
+        records.read_settings(run_folder)  # an empty file would be read as the defaults
+    except ValueError as error:
+        fail(str(error))
     return parse(ShardedConfig, ["--config", str(run_folder / "config.yaml")])
 
 

@@ -96,8 +96,18 @@ def main(config: ShardedFinetuneConfig) -> None:
     run.restore(trained, optimizer, scaler)
     trained.check_frozen_weights()
 
+    answers: list[str] = []  # of the last evaluation
+
+    def validate() -> dict[str, float]:
+        loss = evaluate(model, validation_set, plan.micro_size, ranks)
+        # A rank whose answers have ended goes on calling the model, which gathers, until all ranks are done.
+        synced = ranks.world_size > 1
+        answers[:] = answer_all(model, validation_questions, tokenizer, config.data, plan.micro_size, ranks, synced)
+        exact, f1 = score(answers, validation_questions)
+        return {"val_loss": loss, "exact_match": exact, "f1": f1}
+
     # ---- training
-    for step in run.steps():  # goes on where the last checkpoint ended
+    for step in run.steps(validate):  # goes on where the last checkpoint ended
         lr = learning_rate(step, config.train.steps, config.optimizer)
         set_learning_rate(optimizer, lr)
         loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
@@ -118,17 +128,9 @@ def main(config: ShardedFinetuneConfig) -> None:
         scaler.update()
         optimizer.zero_grad()
         run.log(step, loss_sum / valid * config.batch.global_size, grad_norm, lr)  # `run` divides by the samples
-
-        if run.wants_evaluation(step):
-            loss = evaluate(model, validation_set, plan.micro_size, ranks)
-            # A rank whose answers have ended goes on calling the model, which gathers, until all ranks are done.
-            synced = ranks.world_size > 1
-            answers = answer_all(model, validation_questions, tokenizer, config.data, plan.micro_size, ranks, synced)
-            exact, f1 = score(answers, validation_questions)
-            run.log_validation(step, loss, exact_match=exact, f1=f1)
-        run.end_step(step, trained, optimizer, scaler)
-        if step + 1 == config.train.steps:
-            print_answers(ranks, answers, validation_questions, questions)
+        run.end_step(step, trained, optimizer, scaler)  # saves; after that, `steps` evaluates
+    if run.is_complete and answers:
+        print_answers(ranks, answers, validation_questions, questions)
     if config.export and run.is_complete:  # also when it ended before it could be written
         write(model, tokenizer, config, hf_config, run, ranks)
     run.finish()

@@ -63,7 +63,13 @@ class RunFolder(Callback):
         self.ranks.print(self.explain(self.ranks.device))
         self.run.restore(module.model, trainer.optimizers[0], self.scaler(trainer))
         self.fast_forward(trainer)
-        self.step = self.run.next_step()
+        self.step = self.run.first_step - 1
+        if self.run.evaluation_is_due:  # the attempt before this one did not get through it
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+        else:
+            self.step = self.run.next_step()
 
     def fast_forward(self, trainer: Trainer) -> None:
         """Let Lightning's counters and the learning rate stand where the checkpoint ended.
@@ -94,7 +100,7 @@ class RunFolder(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After the last micro-batch of a step: its line, and whether Lightning shall evaluate now."""
+        """After the last micro-batch of a step: its line, its checkpoint, and whether Lightning shall evaluate now."""
         # Lightning evaluates after so many batches, or at the end of an epoch; our settings say after so many steps,
         # and after the last one. 1: now; inf: not now.
         trainer.val_check_batch = float("inf")
@@ -103,23 +109,24 @@ class RunFolder(Callback):
         if self.strategy == "deepspeed":  # it clips by itself, and keeps gradients out of sight
             module.grad_norm = torch.as_tensor(trainer.strategy.model.get_global_grad_norm())
         self.run.log(self.step, module.loss_sum, module.grad_norm, self.lr)
+        self.end_of_step(trainer, module)  # before it evaluates: whatever fails there does not lose the training
         if self.run.wants_evaluation(self.step):
             trainer.val_check_batch = 1
         else:
-            self.end_of_step(trainer, module)
+            self.step = self.run.next_step()
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Record the evaluation that belongs to this step."""
         self.run.log_validation(self.step, **module.validation)
-        self.end_of_step(trainer, module)
+        self.step = self.run.next_step()  # none, at the same step on all ranks, after a stop
 
     def end_of_step(self, trainer: Trainer, module: LightningModule) -> None:
-        """Save if it is time to, and see which step is next; none, at the same step on all ranks, after a stop."""
+        """Save if it is time to."""
         if self.strategy != "deepspeed":
             self.run.end_step(self.step, module.model, trainer.optimizers[0], self.scaler(trainer))
         elif self.step + 1 == self.config.train.steps:  # ZeRO's partitions fit DeepSpeed's own format alone
+            self.run.settle()  # a loss or a norm that is not finite ends here, unsaved
             trainer.save_checkpoint(self.run.folder / "checkpoints" / "deepspeed")
-        self.step = self.run.next_step()
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Write curve and summary."""

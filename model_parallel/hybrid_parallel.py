@@ -67,8 +67,11 @@ def main(config: HybridConfig) -> None:
     ranks.print(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
     run.restore(state, optimizer)
 
+    def validate() -> float:
+        return evaluate(schedule, stages, validation_set, config.batch.global_size // dp, mesh, ranks)
+
     # ---- training
-    for step in run.steps():
+    for step in run.steps(validate):
         lr = learning_rate(step, config.train.steps, config.optimizer)
         set_learning_rate(optimizer, lr)
         micro_batches = [batch for batch, _ in loader.micro_batches(step)]
@@ -82,11 +85,7 @@ def main(config: HybridConfig) -> None:
         optimizer.step()
         optimizer.zero_grad()
         run.log(step, losses.sum() / tp, grad_norm, lr)  # 0 but on the last stage, whose tensor ranks have the same
-
-        if run.wants_evaluation(step):
-            batch_size = config.batch.global_size // dp
-            run.log_validation(step, evaluate(schedule, stages, validation_set, batch_size, mesh, ranks))
-        run.end_step(step, state, optimizer)
+        run.end_step(step, state, optimizer)  # saves; after that, `steps` evaluates
     run.finish()
     ranks.leave()
 

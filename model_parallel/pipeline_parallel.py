@@ -72,8 +72,12 @@ def main(config: PipelineConfig) -> None:
     ranks.print(explain(config.model, config.data.sequence_length, ranks.device, config.train.precision))
     run.restore(state, optimizer)
 
+    def validate() -> float:
+        with autocast:
+            return evaluate(schedule, stages, validation_set, config.batch.global_size, ranks)
+
     # ---- training
-    for step in run.steps():
+    for step in run.steps(validate):
         lr = learning_rate(step, config.train.steps, config.optimizer)
         set_learning_rate(optimizer, lr)
         micro_batches = [batch for batch, _ in loader.micro_batches(step)]
@@ -87,12 +91,7 @@ def main(config: PipelineConfig) -> None:
         optimizer.step()
         optimizer.zero_grad()
         run.log(step, losses.sum(), grad_norm, lr)  # 0 on all ranks but the last
-
-        if run.wants_evaluation(step):
-            with autocast:
-                val_loss = evaluate(schedule, stages, validation_set, config.batch.global_size, ranks)
-            run.log_validation(step, val_loss)
-        run.end_step(step, state, optimizer)
+        run.end_step(step, state, optimizer)  # saves; after that, `steps` evaluates
     run.finish()
     ranks.leave()
 

@@ -85,7 +85,7 @@ class MeasuredRun(run.Run):
         model = getattr(model, "module", model)  # a pipeline's is inside its StageState
         self.dry.meter.watch(model, self.dry.parts or [model])
 
-    def steps(self) -> Iterator[int]:
+    def steps(self, validate: Any = None) -> Iterator[int]:
         yield 0
         self.dry.meter.in_step = True
         self.dry.meter.start_step()

@@ -93,6 +93,8 @@ if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
 fi
 threads=$((${SLURM_CPUS_ON_NODE:-1} / RANKS_PER_NODE))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+# torchrun passes SIGTERM on to its ranks, and kills them 30 s later: too soon for a checkpoint that takes longer.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
 # ---- what is stopped with the job, however it ends
 # Its name for Slurm's commands: the number of one task of an array is also that of the whole array.

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from common import records
+
 
 def fail(message: str) -> NoReturn:
     """One line on stderr, exit code 2. (That of common/ranks.py would load torch, for a table.)"""
@@ -21,8 +23,9 @@ def fail(message: str) -> NoReturn:
 def read(folder: Path) -> list[str | float | None]:
     """The cells of one run, in the order of COLUMNS. Raises SystemExit (exit code 2) if it is no run with steps."""
     try:
-        record = json.loads((folder / "run.json").read_text())
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+        record, rows = records.read_record(folder), records.read_rows(folder)
+    except ValueError as error:
+        fail(str(error))
     except OSError as error:
         fail(f"{folder}: {error.filename} cannot be read ({error.strerror}); give folders of runs that have begun")
     steps = [row for row in rows if "loss" in row]

@@ -4,6 +4,8 @@ The digits come with scikit-learn.
 """
 
 import hashlib
+import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,10 +108,10 @@ def image_datasets(config: ImageConfig) -> tuple[ImageDataset, ImageDataset, int
         sets = [builder(root=str(config.path), train=part, download=False) for part in (True, False)]
     except (RuntimeError, ValueError, AssertionError, OSError):  # torchvision's ways to say missing or damaged
         name = builder.__name__
-        fetch = f"from torchvision.datasets import {name}; {name}('{config.path}', download=True)"
+        fetch = f"from torchvision.datasets import {name}; {name}({json.dumps(str(config.path))}, download=True)"
         fail(
             f"data.path = {config.path}: no {name} there, or a damaged one; fetch it once, where there is "
-            f'internet: python -c "{fetch}"'
+            f"internet: python -c {shlex.quote(fetch)}"
         )
     size = config.image_size or (28 if config.source == "mnist" else 32)
     mean, std = ([0.1307], [0.3081]) if config.source == "mnist" else ([0.491, 0.482, 0.447], [0.247, 0.243, 0.262])
@@ -139,7 +141,15 @@ def _folder_datasets(config: ImageConfig, to_tensor: list[Any]) -> tuple[ImageDa
         train = ImageFolder(str(root / "train"))
         if annotations.is_file():
             rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line]
-            validation = [(str(root / "val" / "images" / name), train.class_to_idx[label]) for name, label in rows]
+            images = root / "val" / "images"
+            validation = [(str(images / name), train.class_to_idx[label]) for name, label in rows]
+            # Looked for now: the first evaluation, which reads them, may come hours later.
+            present = {path.name for path in images.iterdir()} if images.is_dir() else set()
+            if missing := [name for name, _ in rows if name not in present]:
+                fail(
+                    f"{annotations} lists {len(rows)} images, of which {len(missing)} are not in {images} "
+                    f"({missing[0]}); unpack the data again, or remove the list if val/ has folders by class"
+                )
         else:
             folder = ImageFolder(str(root / "val"))
             if folder.classes != train.classes:
@@ -159,4 +169,7 @@ def _folder_datasets(config: ImageConfig, to_tensor: list[Any]) -> tuple[ImageDa
         paths, labels = [path for path, _ in samples], [label for _, label in samples]
         return ImageDataset(_ImageFiles(paths), labels, v2.Compose([*transforms, *normalize]), augments)
 
-    return (dataset(train.samples, random, config.augment), dataset(validation, center, False), len(train.classes))
+    evaluated = dataset(validation, center, False)
+    for index in {0, len(evaluated) - 1} if validation else ():
+        evaluated[index]  # a sample of what only the evaluation reads
+    return (dataset(train.samples, random, config.augment), evaluated, len(train.classes))

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 from pathlib import Path
 
 import torch
@@ -147,3 +148,25 @@ def synced(folder):
     finally:
         os.fsync, os.link = fsync, link
     return events
+
+
+def save_not_finite(folder, where, value):
+    """Save with one value on rank 1 that is not finite, in a weight or in a moment: how it ends."""
+    model, _, optimizer = build()
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    tensor = model[0].weight.data if where == "weight" else optimizer.state[model[0].weight]["exp_avg_sq"]
+    if here().rank == here().world_size - 1:
+        tensor[0, 0] = value
+    return ended(checkpoint.save, Path(folder), 4, model, optimizer, here())
+
+
+def save_without_room(folder, step, most):
+    """Save where no file may have more bytes than `most`: how it ends."""
+    model, _, optimizer = build(width=999)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, unlimited[1]))
+    try:
+        return ended(checkpoint.save, Path(folder), step, model, optimizer, here())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)

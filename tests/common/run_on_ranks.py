@@ -1,6 +1,9 @@
 """What the ranks of a `group` run for test_run.py."""
 
+import contextlib
+import io
 import os
+import resource
 import signal
 
 import torch
@@ -9,6 +12,7 @@ from ranks_on_ranks import ended, environment, here
 
 import common.run
 from common.config import Config, parse
+from common.optimizer import build_optimizer
 from common.run import Run
 
 
@@ -21,9 +25,9 @@ def start(folder, *more, name="run", steps=5):
     return run
 
 
-def log(run, step, value=None):
+def log(run, step, value=None, norm=1.0):
     loss_sum = torch.tensor(float((run.ranks.rank + 1) * (step + 1)) if value is None else value)
-    run.log(step, loss_sum, torch.tensor(1.0), 0.1)
+    run.log(step, loss_sum, torch.tensor(norm), 0.1)
 
 
 def log_five_steps(folder, flops_per_unit=None, peak_flops=None, more=()):
@@ -88,8 +92,11 @@ def log_nan(folder):
     return ended(loop)
 
 
-def begin_or_go_on(folder, arguments, environment=None, fingerprint="fingerprint"):
-    """Train, saving as the settings say: (the first step done, the folder's name), or exit code and message."""
+def begin_or_go_on(folder, arguments, environment=None, fingerprint="fingerprint", optimizer="SGD", norms=None):
+    """Train, saving as the settings say: (the first step done, the folder's name), or exit code and message.
+
+    Gradient norms are 1, but for those of the steps in `norms`.
+    """
     kept, answer = dict(os.environ), []
     os.environ.update(environment or {})
 
@@ -98,11 +105,11 @@ def begin_or_go_on(folder, arguments, environment=None, fingerprint="fingerprint
         run = Run(config, here(), "test", units_per_step=10, fingerprint=fingerprint)
         torch.manual_seed(0)  # the same on all ranks
         model = torch.nn.Linear(1, 1)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        run.restore(model, optimizer)
+        built = getattr(torch.optim, optimizer)(model.parameters(), lr=0.1)
+        run.restore(model, built)
         for step in run.steps():
-            log(run, step)
-            run.end_step(step, model, optimizer)
+            log(run, step, norm=(norms or {}).get(step, 1.0))
+            run.end_step(step, model, built)
         run.finish()
         answer.extend([run.first_step, run.folder.name])
 
@@ -196,3 +203,60 @@ def when_replicas_are_checked(folder, every):
 def steps_with_stop_file(folder, path):
     with environment({"STOP_FILE": path}):
         return steps_until_stopped(folder, None, None)
+
+
+def evaluate_to(folder, value):
+    """Three steps and their evaluation, whose result is `value`: how it ends."""
+    run = start(folder, steps=3)
+
+    def loop():
+        for step in run.steps(lambda: value):
+            log(run, step)
+        run.finish()
+
+    return ended(loop)
+
+
+def no_room_from(folder, step_without_room):
+    """From this step on no file may grow: how the run ends, and after how many steps of 50."""
+    run, done, unlimited = start(folder, steps=50), [], resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def loop():
+        for step in run.steps():
+            if step == step_without_room and run.ranks.is_main:
+                most = (run.folder / "metrics.jsonl").stat().st_size + 10  # a torn line has room
+                resource.setrlimit(resource.RLIMIT_FSIZE, (most, unlimited[1]))
+            log(run, step)
+            done.append(step)
+        run.finish()
+
+    try:
+        return ended(loop), len(done)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+
+def settings_after_resume(folder, arguments):
+    """What the optimizer goes on with, and what is printed."""
+    config = parse(Config, ["--runs_dir", folder, *arguments])
+    torch.manual_seed(0)
+    model, printed = torch.nn.Linear(2, 2), io.StringIO()
+    optimizer = build_optimizer(model.parameters(), config.optimizer, torch.device("cpu"))
+    with contextlib.redirect_stdout(printed):
+        run = Run(config, here(), "test", units_per_step=10)
+        run.restore(model, optimizer)
+        for step in run.steps():
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            log(run, step)
+            run.end_step(step, model, optimizer)
+        run.finish()
+    return [group["betas"] + (group["weight_decay"],) for group in optimizer.param_groups], printed.getvalue()
+
+
+def printed_of(folder, arguments, fingerprint="fingerprint"):
+    """Of `begin_or_go_on`: its answer, and what it printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        answer = begin_or_go_on(folder, arguments, fingerprint=fingerprint)
+    return answer, printed.getvalue()

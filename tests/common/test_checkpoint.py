@@ -1,9 +1,10 @@
 """Checkpoints: whole or not there, equal after loading, and one line for whatever is wrong with one."""
 
 import json
+import shutil
 
 import pytest
-from launching import OnRanks
+from launching import OnRanks, assert_refused
 
 from common import manifest
 
@@ -196,3 +197,44 @@ def test_steps_are_numbers_not_text(tmp_path):
         (tmp_path / f"step_{step}").mkdir()
         (tmp_path / f"step_{step}" / "manifest.json").touch()
     assert manifest.latest(tmp_path) == tmp_path / "step_10"
+
+
+@pytest.mark.parametrize(("where", "value", "words"), [
+    ("weight", float("nan"), "0.weight holds nan or inf"), ("moment", float("inf"), "exp_avg_sq holds nan or inf"),
+])  # fmt: skip
+def test_what_is_not_finite_is_not_saved(group, tmp_path, where, value, words):
+    """On one rank, it ends all: a run that goes on from such a checkpoint can never learn again."""
+    group(2)(ON_RANKS.save_many, str(tmp_path), [2], 1)
+    assert_refused(group(2)(ON_RANKS.save_not_finite, str(tmp_path), where, value), words)
+    assert manifest.latest(tmp_path) == tmp_path / "step_2"
+
+
+def test_what_the_user_put_there_stays(group, tmp_path):
+    group(2)(ON_RANKS.save_many, str(tmp_path), [1, 2], 2)
+    (tmp_path / "step_info.txt").write_text("a file")
+    for copy in ("step_100_best", "step_007", "step_\u0663", "elsewhere"):
+        shutil.copytree(tmp_path / "step_1", tmp_path / copy)
+    (tmp_path / "step_5").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "step_2" / "notes.txt").write_text("in a checkpoint that will be removed")
+    (tmp_path / "step_0").mkdir()
+    (tmp_path / "step_0" / "notes.txt").write_text("in a folder that is no checkpoint")
+    before = {path for path in tmp_path.rglob("*") if "step_1/" not in f"{path}/" and "step_2/" not in f"{path}/"}
+    group(2)(ON_RANKS.save_many, str(tmp_path), [3, 4], 1)
+    assert all(path.exists() for path in before)
+    assert [path.name for path in (tmp_path / "step_2").iterdir()] == ["notes.txt"]
+    assert not (tmp_path / "step_1").exists() and not (tmp_path / "step_3").exists()
+    assert manifest.latest(tmp_path) == tmp_path / "step_4"
+
+
+def test_a_full_disk(group, tmp_path):
+    """One short line; what was half written is gone, also what a killed attempt left at this step."""
+    group(2)(ON_RANKS.save_many, str(tmp_path), [2], 2)
+    (tmp_path / "step_4" / "shards-dead").mkdir(parents=True)
+    (tmp_path / "step_4" / "shards-dead" / "__0_0.distcp").write_bytes(b"half")
+    answers = group(2)(ON_RANKS.save_without_room, str(tmp_path), 4, 1000)
+    # width 999: weights and both moments, each (4 x 999 + 999 + 3 x 999 + 3) x 4 bytes
+    assert_refused(answers, "step_4 could not be written: rank 0: ")
+    assert_refused(answers, "File too large; it needs 0.1 MiB, and ")
+    assert all(len(message) < 400 for _, message in answers)
+    assert not (tmp_path / "step_4").exists()
+    assert manifest.latest(tmp_path) == tmp_path / "step_2"

@@ -285,7 +285,7 @@ def test_mnist(tmp_path):
 
 
 def test_missing_or_damaged_mnist(refused, tmp_path):
-    fetch = r"python -c \"from torchvision.datasets import MNIST; MNIST\('.*', download=True\)\""
+    fetch = r"python -c 'from torchvision.datasets import MNIST; MNIST\(\".*\", download=True\)'"
     refused("no MNIST there", fetch, call=lambda: images("mnist", tmp_path / "nowhere"))
     write_mnist(tmp_path, 12)
     file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
@@ -347,7 +347,7 @@ def test_cifar10(cifar10):
 
 def test_missing_or_damaged_cifar10(refused, cifar10, tmp_path):
     folder, _ = cifar10
-    fetch = r"CIFAR10\('.*', download=True\)"
+    fetch = r"CIFAR10\(\".*\", download=True\)"
     refused("no CIFAR10 there", fetch, call=lambda: images("cifar10", tmp_path / "nowhere"))
     (folder / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"other bytes")
     refused("or a damaged one", fetch, call=lambda: images("cifar10", folder))
@@ -392,7 +392,7 @@ def test_a_folder_of_images_by_class(imagenet, augment):
     assert images("folder", imagenet)[1][0][0].shape == (3, 224, 224)
 
 
-def test_tiny_imagenet(tmp_path):
+def test_tiny_imagenet(refused, tmp_path):
     for name, colour in (("n01", (255, 0, 0)), ("n02", (0, 0, 255))):
         save_image(tmp_path / "train" / name / "images" / f"{name}_0.JPEG", colour, (64, 64))
     for number, colour in enumerate([(0, 0, 255), (255, 0, 0), (0, 0, 255)]):
@@ -405,6 +405,11 @@ def test_tiny_imagenet(tmp_path):
         found = [dataset[index] for index in range(len(dataset))]
         assert [label for _, label in found] == labels
         assert all(int(picture.mean((1, 2)).argmax()) == 2 * label for picture, label in found)  # red is 0, blue is 2
+    # What only the evaluation reads is looked at before the first step.
+    (tmp_path / "val" / "images" / "val_2.JPEG").write_bytes(b"")
+    refused("val_2.JPEG cannot be read as an image", call=lambda: images("folder", tmp_path))
+    (tmp_path / "val" / "images" / "val_1.JPEG").unlink()
+    refused("lists 3 images, of which 1 are not in .* \\(val_1.JPEG\\)", call=lambda: images("folder", tmp_path))
 
 
 def test_image_folders_that_cannot_be_used(refused, imagenet, tmp_path):

@@ -1,10 +1,17 @@
 """The run record: what is counted, when it is read, and what the folder is called."""
 
 import json
+import shlex
+import signal
 import statistics
+import subprocess
+import sys
 
 import pytest
-from launching import OnRanks
+import yaml
+from launching import ROOT, OnRanks, assert_refused
+
+from common import manifest, records
 
 ON_RANKS = OnRanks("tests/common/run_on_ranks.py")
 
@@ -37,9 +44,10 @@ def test_names_are_unique_and_hold_the_job(group, tmp_path):
     assert a.endswith("-job17")  # a requeued job finds its run again
 
 
-def begin_or_go_on(group, folder, *arguments, size=2, environment=None, fingerprint="fingerprint"):
+def begin_or_go_on(group, folder, *arguments, size=2, environment=None, fingerprint="fingerprint", **more):
     """What one rank says: [first step, folder's name], or [exit code, message]; all must say the same."""
-    answers = group(size)(ON_RANKS.begin_or_go_on, str(folder), list(arguments), environment, fingerprint)
+    options = environment, fingerprint, more.get("optimizer", "SGD"), more.get("norms")
+    answers = group(size)(ON_RANKS.begin_or_go_on, str(folder), list(arguments), *options)
     assert all(answer[0] == answers[0][0] for answer in answers)
     return answers[0]
 
@@ -58,12 +66,32 @@ def test_a_run_from_a_checkpoint_of_another_goes_on_with_its_own(group, tmp_path
     assert "was made with other data" in message
 
 
-def test_a_run_cannot_begin_in_its_own_past(group, tmp_path):
-    begin_or_go_on(group, tmp_path, *NAMED, "4", "--checkpoint.every", "2")
-    code, message = begin_or_go_on(group, tmp_path, *NAMED, "6", "--resume", str(tmp_path / "run/checkpoints/step_2"))
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("file", ["shards-*/__0_0.distcp", "manifest.json"])
+def test_a_damaged_checkpoint_names_one_that_is_whole_and_the_run_can_go_back_to_it(group, tmp_path, file):
+    """The newest two have a changed byte: their sizes are right."""
+    begin_or_go_on(group, tmp_path, *NAMED, "4", "--checkpoint.every", "1", "--checkpoint.keep", "3")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for damaged in (next((checkpoints / "step_4").glob(file)), next((checkpoints / "step_3").glob("shards-*/__0_*"))):
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    code, message = begin_or_go_on(group, tmp_path, *NAMED, "6")
     assert code == 2
-    assert "lies in the folder of this very run" in message
-    assert begin_or_go_on(group, tmp_path, *NAMED, "6") == [4, "run"]  # what it had is still there
+    assert f"the newest other one that is whole is step_2: go on from it with --resume {checkpoints}/step_2" in message
+    back = [*NAMED, "6", "--resume", str(checkpoints / "step_2")]
+    assert begin_or_go_on(group, tmp_path, *back) == [2, "run"]
+    assert [name[:16] for name in names(checkpoints)] == [
+        "attempt",
+        "set-aside-step_3",
+        "set-aside-step_4",
+        "step_2",
+        "step_6",
+    ]
+    requeued = {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "1"}
+    assert begin_or_go_on(group, tmp_path, *back, environment=requeued) == [6, "run"]  # not back again
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["resume"] == "auto"
 
 
 def test_other_data_are_refused_and_other_ways_to_read_them_are_not(group, tmp_path):
@@ -213,3 +241,129 @@ def test_settings_that_must_match(group, tmp_path, key, value, section):
     code, message = begin_or_go_on(group, tmp_path, *NAMED, "4", f"--{key}", value)
     assert code == 2
     assert f"was made with other settings of {section};" in message
+
+
+@pytest.mark.parametrize(("step", "newest"), [(2, "step_2"), (3, "step_2"), (4, "step_4")])
+def test_a_gradient_norm_that_is_not_finite_is_never_saved(group, tmp_path, step, newest):
+    """Clipped by inf, the weights are nan: also in the last step before a checkpoint, and of all."""
+    saving = [*NAMED, "5", "--checkpoint.every", "2"]
+    code, message = begin_or_go_on(group, tmp_path, *saving, norms={step: float("inf")})
+    assert code == 2
+    assert f"the gradient norm is inf at step {step};" in message
+    assert manifest.latest(tmp_path / "run" / "checkpoints").name == newest
+    assert "status" not in json.loads((tmp_path / "run" / "run.json").read_text())
+    assert begin_or_go_on(group, tmp_path, *saving) == [int(newest[-1]), "run"]
+
+
+def test_a_step_that_the_scaler_skips_ends_no_run(group, tmp_path):
+    assert begin_or_go_on(group, tmp_path, *NAMED, "3", "--train.precision", "fp16", norms={2: float("inf")}) == [
+        0,
+        "run",
+    ]
+
+
+def test_a_validation_loss_that_is_no_number_is_no_success(group, tmp_path):
+    """Not in the last evaluation either; started again, the run evaluates again."""
+    for _ in range(2):
+        assert_refused(
+            group(2)(ON_RANKS.evaluate_to, str(tmp_path), float("nan")), "the validation loss is nan after 3 steps"
+        )
+    assert "status" not in json.loads((tmp_path / "run" / "run.json").read_text())
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("more", "optimizer", "words"), [
+    (["--wandb", "true"], "SGD", "wandb = true needs the package wandb"),
+    ([], "AdamW", "is of SGD, this run uses AdamW"),
+    (["--seed", "5"], "SGD", "other settings of seed"),
+])  # fmt: skip
+def test_a_start_that_fails_leaves_the_run_as_it_was(group, tmp_path, more, optimizer, words):
+    """Another one may be running: it must not lose its right to commit, nor its rows."""
+    begin_or_go_on(group, tmp_path, *NAMED, "4", "--checkpoint.every", "3")
+    (tmp_path / "run" / "stop").touch()  # for the one that runs
+    before = content(tmp_path / "run")
+    code, message = begin_or_go_on(group, tmp_path, *NAMED, "6", *more, optimizer=optimizer)
+    assert code == 2 and words in message
+    assert content(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("damaged", ["config.yaml", "run.json", "metrics.jsonl"])
+@pytest.mark.parametrize("by", [b"", b"\0" * 300])
+def test_a_run_goes_on_after_a_crash_that_damaged_its_records(group, tmp_path, damaged, by):
+    begin_or_go_on(group, tmp_path, *NAMED, "2")
+    (tmp_path / "run" / damaged).write_bytes(by)
+    assert begin_or_go_on(group, tmp_path, *NAMED, "4", "--seed", "5")[0] == 2  # is refused: the checkpoint knows
+    assert begin_or_go_on(group, tmp_path, *NAMED, "4") == [2, "run"]
+    assert [row["step"] for row in records.read_rows(tmp_path / "run")] == (
+        [2, 3] if damaged[0] == "m" else [0, 1, 2, 3]
+    )
+    assert records.read_settings(tmp_path / "run")["seed"] == 1234
+    assert records.read_record(tmp_path / "run")["status"] == "finished"
+
+
+def test_without_room_for_a_row_all_stop(group, tmp_path):
+    """One line on all ranks, and no torn row."""
+    answers = group(2)(ON_RANKS.no_room_from, str(tmp_path), 5)
+    assert_refused([ended for ended, _ in answers], "metrics.jsonl cannot be written: ")
+    assert [done for _, done in answers] == [7, 7]  # step 4's row is read in 5, the wish to stop in 6
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(4))
+
+
+def test_changed_settings_of_the_optimizer_are_taken_over_and_said(group, tmp_path):
+    options = [*NAMED, "2", "--optimizer.betas", "[0.8, 0.9]"]
+    group(1)(ON_RANKS.settings_after_resume, str(tmp_path), options)
+    changed = [*NAMED, "4", "--optimizer.betas", "[0.7, 0.6]", "--optimizer.weight_decay", "0.3"]
+    [(groups, printed)] = group(1)(ON_RANKS.settings_after_resume, str(tmp_path), changed)
+    assert groups == [(0.7, 0.6, 0.3), (0.7, 0.6, 0.0)]
+    made = f"changed since {tmp_path}/run/checkpoints/step_2 was made: "
+    assert made + "optimizer.betas was [0.8, 0.9], is [0.7, 0.6]; optimizer.weight_decay was 0.1, is 0.3" in printed
+    assert records.read_settings(tmp_path / "run")["optimizer"]["betas"] == [0.7, 0.6]
+
+
+def test_doubles_do_not_become_singles(group, tmp_path):
+    begin_or_go_on(group, tmp_path, *NAMED, "2", "--train.precision", "fp64")
+    code, message = begin_or_go_on(group, tmp_path, *NAMED, "4")
+    assert code == 2 and "was made with other settings of train.precision;" in message
+
+
+def test_a_branch_with_another_seed_says_so(group, tmp_path):
+    begin_or_go_on(group, tmp_path, *NAMED, "2")
+    branch = ["--run_name", "branch", "--resume", str(tmp_path / "run"), "--train.steps", "4", "--seed", "5"]
+    [(_, printed)] = group(1)(ON_RANKS.printed_of, str(tmp_path), branch, "another")
+    assert "seed was 1234, is 5; the data's fingerprint was fingerprint, is another" in printed
+
+
+def test_the_line_to_go_on_can_be_copied(group, tmp_path):
+    runs, named = tmp_path / "a b;c", ["--run_name", "run", "--train.steps", "2"]
+    [(_, printed)] = group(1)(ON_RANKS.printed_of, str(runs), named)
+    words = shlex.split(next(line for line in printed.splitlines() if line.startswith("  to go on")))[3:]
+    assert words[words.index("--config") + 1] == f"{runs}/run/config.yaml"
+    [(_, printed)] = group(1)(ON_RANKS.printed_of, str(tmp_path), [*named, "--resume", "never"])
+    assert "finished after 2" in printed and "to go on" not in printed
+
+
+def test_a_link_to_a_folder_that_is_gone(group, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "gone")
+    code, message = begin_or_go_on(group, tmp_path, *NAMED, "2")
+    assert code == 2 and f"checkpoints is a link to {tmp_path}/gone, which is gone;" in message
+
+
+@pytest.mark.parametrize(("alone", "times", "code"), [(True, 1, 0), (True, 2, -signal.SIGINT), (False, 2, 0)])
+def test_the_first_ctrl_c_says_what_it_does_and_the_second_ends(tmp_path, alone, times, code):
+    """In one process; under a launcher, which passes each on to its ranks a second time, it does not."""
+    program = (
+        "import os, pathlib, signal\n"
+        "from common.stopping import StopRequest\n"
+        f"wish = StopRequest(pathlib.Path({str(tmp_path)!r}), True, alone={alone})\n"
+        f"for _ in range({times}): os.kill(os.getpid(), signal.SIGINT)\n"
+        "assert wish.is_set()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == code
+    assert ended.stderr.count("SIGINT: this run saves a checkpoint and ends") == 1
+    assert ("once more: it ends at once" in ended.stderr) == alone

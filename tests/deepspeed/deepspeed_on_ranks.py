@@ -46,6 +46,13 @@ def printed(script: str, arguments: list[str], changes: dict[str, str | None] | 
 
 
 @starts_its_own_group
+def fails_in_evaluation(script: str, arguments: list[str]) -> tuple[int, str]:
+    """The same for a script whose last evaluation fails: how it ends."""
+    forget_groups()
+    return scripts_on_ranks.fails_in_evaluation(script, arguments)
+
+
+@starts_its_own_group
 def by_plain_python(script: str, arguments: list[str]) -> str:
     """The same on a single rank without a launcher: no variable gives a rank. What it printed."""
     return printed(script, arguments, PLAIN_PYTHON)

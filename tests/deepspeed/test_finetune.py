@@ -316,6 +316,23 @@ def test_as_many_checkpoints_are_kept_as_the_settings_say(settings, tmp_path):
     settings.commit(tmp_path / "checkpoint-9", 9, "ddp", config, Ranks(0, 1, 0, 1, "python", torch.device("cpu")))
     assert [path.name for path in settings.committed(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
     assert not (tmp_path / "checkpoint-8").exists()
+    shutil.copytree(tmp_path / "checkpoint-9", tmp_path / "checkpoint-best")  # the user's: never chosen, nor removed
+    config.checkpoint.keep = 1
+    settings.commit(tmp_path / "checkpoint-10", 10, "ddp", config, Ranks(0, 1, 0, 1, "python", torch.device("cpu")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-best"]
+
+
+def test_other_settings_of_the_optimizer_are_refused(settings, tmp_path):
+    """Trainer would go on with those of its checkpoint, whatever config.yaml says."""
+    config, ranks = settings.FinetuneConfig(), Ranks(0, 1, 0, 1, "python", torch.device("cpu"))
+    (tmp_path / "checkpoint-2").mkdir()
+    settings.commit(tmp_path / "checkpoint-2", 2, "ddp", config, ranks)
+    assert settings.last_checkpoint(tmp_path, "ddp", config, ranks) == (tmp_path / "checkpoint-2", 2)
+    config.optimizer.betas = (0.5, 0.6)
+    path, _, problem = settings.check(tmp_path / "checkpoint-2", "ddp", config, 1)
+    assert (
+        f"{path} was made with optimizer.betas = [0.9, 0.95], this run has [0.5, 0.6]; go on as it was made" in problem
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- bad input

@@ -22,7 +22,11 @@ from common.optimizer import OptimizerConfig, build_optimizer
 from common.replica_check import differing_replicas
 from common.transformer import Transformer
 
-SAMPLES, SEQUENCE, CLIP = 48, 16, 0.1  # every gradient is clipped; 48 samples: 2, 3 and 4 ranks with 1 or 4 micro-batches each
+SAMPLES, SEQUENCE, CLIP = (
+    48,
+    16,
+    0.1,
+)  # every gradient is clipped; 48 samples: 2, 3 and 4 ranks with 1 or 4 micro-batches each
 KINDS = {
     "naive": dp.NaiveDataParallel,
     "overlapped": dp.OverlappedDataParallel,

@@ -166,10 +166,13 @@ def test_nothing_to_evaluate(group, tmp_path, begun, arguments, words):
         ([], "no run given; expected one or more folders"),
         (["{tmp}/none"], "run.json cannot be read (No such file or directory)"),
         (["{tmp}/begun"], "begun has no steps yet"),
+        (["{tmp}/crashed"], "run.json (0 bytes) holds no JSON, as after a crash of the machine; remove it"),
     ],
 )
 def test_nothing_to_report(tmp_path, begun, arguments, words):
     given = [argument.format(tmp=tmp_path) for argument in arguments]
+    (tmp_path / "crashed").mkdir()
+    (tmp_path / "crashed" / "run.json").touch()
     done = run_command([sys.executable, "slurm/report.py", *given], check=False)
     assert_refused([(done.returncode, done.stderr)], words)
     assert done.stdout == ""

@@ -30,7 +30,8 @@ def sourcing(folder: Path, options: str, then: str) -> Path:
 
 TWO = "#SBATCH --nodes=2\n#SBATCH --gpus-per-node=2\n#SBATCH --cpus-per-task=4"
 SHOWN = ("RANKS_PER_NODE", "RDZV_ID", "RDZV_ENDPOINT", "MASTER_ADDR", "MASTER_PORT", "SRUN_CPUS_PER_TASK",
-         "OMP_NUM_THREADS", "STOP_FILE", "NCCL_DEBUG", "HF_HOME", "TORCH_HOME", "DEVICE")  # fmt: skip
+         "OMP_NUM_THREADS", "STOP_FILE", "NCCL_DEBUG", "HF_HOME", "TORCH_HOME", "DEVICE",
+         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")  # fmt: skip
 
 
 def learned(slurm: FakeSlurm, options: str = TWO, **environment: str) -> dict[str, str]:
@@ -50,6 +51,7 @@ def test_what_a_job_learns(slurm):
         "RANKS_PER_NODE": "2", "RDZV_ID": f"{slurm.job}-0", "RDZV_ENDPOINT": endpoint, "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(slurm.port), "SRUN_CPUS_PER_TASK": "4", "OMP_NUM_THREADS": "4",
         "STOP_FILE": str(slurm.runs / f"stop-job{slurm.job}"), "NCCL_DEBUG": "WARN", "DEVICE": "",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
     }  # fmt: skip
     again = learned(slurm, SLURM_RESTART_COUNT="2")
     assert again["RDZV_ID"] == f"{slurm.job}-2", "a rank left over from before a requeue could join"
@@ -255,6 +257,14 @@ def test_the_trainings_are_known():
     own = ("learning_rate_sweep", "mpi", "one_task_per_device", "preemption", "heterogeneous")
     expected = {f"{lesson}/{nodes}.sbatch" for lesson in lessons for nodes in ("single_node", "multi_node")}
     assert set(TRAINS) >= expected | {f"slurm/{name}.sbatch" for name in own}
+
+
+def test_torchrun_waits_as_long_as_the_job_says(monkeypatch):
+    """The variable is torch's; a release that forgets it would kill ranks in the middle of a checkpoint."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    assert LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1).shutdown_timeout == 600
 
 
 def test_several_nodes_checks_both_launchers(slurm):

@@ -82,3 +82,23 @@ def ends_unlike(script: str, arguments: list[list[str]]) -> tuple[int, str]:
 def other_script(scripts: list[str], arguments: list[str]) -> tuple[int, str]:
     """As `ends`, each rank with a script of its own, by its whole path."""
     return ends(scripts[int(os.environ["RANK"])], arguments)
+
+
+@starts_its_own_group
+def fails_in_evaluation(script: str, arguments: list[str]) -> tuple[int, str]:
+    """Run a lesson script whose evaluation after the last step does not get to its result: how it ends."""
+    from common.ranks import fail
+    from common.run import Run
+
+    log_validation = Run.log_validation
+
+    def log_or_fail(self, step, *values, **more):
+        if step + 1 == self.config.train.steps:
+            fail("the evaluation failed")
+        log_validation(self, step, *values, **more)
+
+    Run.log_validation = log_or_fail
+    try:
+        return ends(script, arguments)
+    finally:
+        Run.log_validation = log_validation
