@@ -5,7 +5,6 @@ folder of tokens from any text.
 """
 
 import hashlib
-import json
 import os
 import shlex
 import sysconfig
@@ -20,6 +19,7 @@ import torch
 from common import same_start
 from common.config_fields import PathText
 from common.ranks import fail
+from common.strict_files import read_json
 
 
 @dataclass
@@ -134,14 +134,32 @@ def _open_token_folder(folder: Path) -> tuple[np.ndarray, np.ndarray, int]:
             f"data.path = {folder}: no {', '.join(missing)} there (of meta.json, train.bin, validation.bin); make "
             f"them with: python tools/tokenize_text.py --input TEXT --output {shlex.quote(str(folder))}"
         )
+    splits = ("train", "validation")
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = read_json(folder / "meta.json")
         dtype, counts, vocabulary = np.dtype(meta["dtype"]), meta["tokens"], int(meta["vocabulary"])
-        for split in ("train", "validation"):
+        if dtype.kind not in "ui" or vocabulary < 1:
+            raise ValueError(f"dtype {dtype}, vocabulary {vocabulary}")
+        for split in splits:
+            if not counts[split]:
+                fail(f"{folder}/{split}.bin has no tokens; make it again, of more text")
             size = (folder / f"{split}.bin").stat().st_size
             if size != counts[split] * dtype.itemsize:
                 fail(f"{folder}/{split}.bin has {size} bytes, meta.json says {counts[split]} {dtype}; make it again")
     except (KeyError, TypeError, ValueError) as error:
         fail(f"{folder}/meta.json is not what python tools/tokenize_text.py writes ({error!r}); make it again")
-    train, validation = (np.memmap(folder / f"{split}.bin", dtype=dtype, mode="r") for split in ("train", "validation"))
+    train, validation = (np.memmap(folder / f"{split}.bin", dtype=dtype, mode="r") for split in splits)
+    for split, tokens in zip(splits, (train, validation), strict=True):
+        least, largest = _extremes(tokens)
+        if least < 0 or largest >= vocabulary:
+            found = f"token {least if least < 0 else largest}, meta.json says a vocabulary of {vocabulary}"
+            fail(f"{folder}/{split}.bin has {found}; make it again with the tokenizer of the model")
     return train, validation, vocabulary
+
+
+def _extremes(tokens: np.ndarray) -> tuple[int, int]:
+    """The least and the largest token; of more than 2^27 those of 256 pieces of it, evenly spread."""
+    piece = len(tokens) if len(tokens) < 2**27 else 2**16
+    starts = np.linspace(0, len(tokens) - piece, num=1 if piece == len(tokens) else 256, dtype=np.int64)
+    pieces = [tokens[start : start + piece] for start in starts]
+    return int(min(part.min() for part in pieces)), int(max(part.max() for part in pieces))

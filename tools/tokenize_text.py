@@ -6,6 +6,8 @@ The folder holds train.bin, validation.bin and meta.json; `common/data.py` reads
 """
 
 import json
+import os
+import shutil
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -14,7 +16,10 @@ import numpy as np
 from tqdm import tqdm
 
 from common.config_fields import to_path
+from common.manifest import sync_folder
 from common.ranks import fail
+
+FILES = ("meta.json", "train.bin", "validation.bin")
 
 
 def read_documents(inputs: list[str], column: str) -> Iterator[str]:
@@ -49,26 +54,60 @@ def write_token_folder(
     """Tokenize documents into a folder, and return the number of tokens in each part.
 
     Every tenth document goes to validation.bin (of fewer than ten documents the last tenth), the others to train.bin.
-    meta.json is written last, so that the reader notices a command that was interrupted.
+    All is written beside the folder, and takes its name at the end: trainings that read the old one go on with it, and
+    a command that breaks off changes nothing.
+
+    Raises:
+        OSError: it cannot be written.
+        SystemExit: (exit code 2) the texts have too few tokens, or one that is not in the vocabulary.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype(np.uint8 if vocabulary <= 2**8 else np.uint16 if vocabulary <= 2**16 else np.uint32)
-    counts, documents = {"train": 0, "validation": 0}, 0
-    with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
-        for documents, text in enumerate(texts, start=1):
-            split, file = ("validation", validation) if documents % 10 == 0 else ("train", train)
-            ids = np.asarray(encode(text), dtype=dtype)
-            file.write(ids.tobytes())
-            counts[split] += len(ids)
-    if documents and not counts["validation"]:
-        tokens = np.fromfile(folder / "train.bin", dtype=dtype)
-        cut = len(tokens) * 9 // 10
-        tokens[:cut].tofile(folder / "train.bin")
-        tokens[cut:].tofile(folder / "validation.bin")
-        counts = {"train": cut, "validation": len(tokens) - cut}
-    meta = {"dtype": dtype.name, "vocabulary": vocabulary, "tokens": counts, "tokenizer": name}
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    new, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+    new.mkdir()
+    try:
+        counts, documents, largest = {"train": 0, "validation": 0}, 0, -1
+        with open(new / "train.bin", "wb") as train, open(new / "validation.bin", "wb") as validation:
+            for documents, text in enumerate(texts, start=1):
+                split, file = ("validation", validation) if documents % 10 == 0 else ("train", train)
+                ids = np.asarray(encode(text), dtype=np.int64)
+                largest = max(largest, ids.max(initial=-1))
+                file.write(ids.astype(dtype).tobytes())
+                counts[split] += len(ids)
+        if documents and not counts["validation"]:
+            tokens = np.fromfile(new / "train.bin", dtype=dtype)
+            cut = len(tokens) * 9 // 10
+            tokens[:cut].tofile(new / "train.bin")
+            tokens[cut:].tofile(new / "validation.bin")
+            counts = {"train": cut, "validation": len(tokens) - cut}
+        if not all(counts.values()):
+            fail(f"{documents} documents give {counts['train']} training tokens and {counts['validation']} for "
+                 f"validation; expected some of each; give more text")  # fmt: skip
+        if largest >= vocabulary:
+            fail(f"tokenizer {name} gives token {largest}, but has a vocabulary of {vocabulary}; use another tokenizer")
+        meta = {"dtype": dtype.name, "vocabulary": vocabulary, "tokens": counts, "tokenizer": name}
+        (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        for file_name in FILES:
+            with open(new / file_name, "rb") as written:
+                os.fsync(written.fileno())
+        if folder.exists():
+            folder.replace(old)
+        new.replace(folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     return counts
+
+
+def refuse_to_replace(folder: Path, overwrite: bool) -> None:
+    """End with one line if something is there already, unless it is a token folder that is to be replaced."""
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if there and not overwrite:
+        fail(f"--output {folder} exists already; choose another folder, or replace it with --overwrite")
+    if others := [name for name in there if name not in FILES]:
+        fail(f"--output {folder} holds {others[0]}, which no token folder has; choose another folder")
 
 
 def main() -> None:
@@ -77,8 +116,10 @@ def main() -> None:
     parser.add_argument("--input", nargs="+", required=True, help="text files, or Hugging Face data sets")
     parser.add_argument("--column", default="text", help="column of the data set that holds the text")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, or a Hugging Face tokenizer (folder or name)")
-    parser.add_argument("--output", required=True, type=to_path, help="folder for train.bin, validation.bin, meta.json")
+    parser.add_argument("--output", required=True, type=to_path, help=f"folder for {', '.join(FILES)}")
+    parser.add_argument("--overwrite", action="store_true", help="replace the token folder that is there")
     arguments = parser.parse_args()
+    refuse_to_replace(arguments.output, arguments.overwrite)
 
     if arguments.tokenizer == "bytes":
         encode, vocabulary = (lambda text: list(text.encode())), 256

@@ -5,6 +5,7 @@ The digits come with scikit-learn.
 
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,6 +62,27 @@ class ImageDataset:
         return f"{len(labels)}:{hashlib.sha256(labels.tobytes()).hexdigest()[:16]}"
 
 
+def to_rgb(image: Any) -> Any:
+    """Return a picture of Pillow with 8 bits for each of red, green and blue. Of several pictures it is the first.
+
+    Raises:
+        ValueError: the range of its numbers is not known.
+    """
+    from PIL import Image
+
+    if image.mode.startswith("I"):  # convert() would cut off all above 255
+        values = np.asarray(image).astype(np.int64)
+        sixteen = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
+        if not sixteen or values.min() < 0 or values.max() > 65535:
+            raise ValueError("whole numbers of 32 bits, of unknown range; save it with 8 or 16 bits")
+        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("floats, of unknown range; save it with 8 or 16 bits")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
 class _ImageFiles:
     """Images read from disk when asked for."""
 
@@ -72,8 +94,8 @@ class _ImageFiles:
 
         try:
             with Image.open(self.paths[index]) as image:
-                return image.convert("RGB")
-        except OSError as error:
+                return to_rgb(image)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # so Pillow says "broken"
             fail(f"{self.paths[index]} cannot be read as an image ({error}); replace or remove it")
 
 
@@ -140,22 +162,20 @@ def _folder_datasets(config: ImageConfig, to_tensor: list[Any]) -> tuple[ImageDa
     try:
         train = ImageFolder(str(root / "train"))
         if annotations.is_file():
-            rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line]
-            images = root / "val" / "images"
-            validation = [(str(images / name), train.class_to_idx[label]) for name, label in rows]
-            # Looked for now: the first evaluation, which reads them, may come hours later.
-            present = {path.name for path in images.iterdir()} if images.is_dir() else set()
-            if missing := [name for name, _ in rows if name not in present]:
-                fail(
-                    f"{annotations} lists {len(rows)} images, of which {len(missing)} are not in {images} "
-                    f"({missing[0]}); unpack the data again, or remove the list if val/ has folders by class"
-                )
+            validation = _read_annotations(annotations, train.class_to_idx)
         else:
             folder = ImageFolder(str(root / "val"))
-            if folder.classes != train.classes:
-                fail(f"{root}/val has {len(folder.classes)} classes, train {len(train.classes)}; they must be the same")
+            only = {
+                "train": sorted(set(train.classes) - set(folder.classes)),
+                "val": sorted(set(folder.classes) - set(train.classes)),
+            }
+            if any(only.values()):
+                found = "; ".join(
+                    f"only in {part} ({len(names)}): {', '.join(names[:3])}" for part, names in only.items() if names
+                )
+                fail(f"data.path = {root}: {found}; expected folders of the same classes in train and val")
             validation = folder.samples
-    except (FileNotFoundError, KeyError) as error:
+    except FileNotFoundError as error:
         fail(f"data.path = {root}: not a tree of images by class ({error})")
     normalize = [*to_tensor, v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
     # The usual evaluation crop: the middle 7/8 of the image (He et al., arXiv 1512.03385, section 3.4).
@@ -170,6 +190,30 @@ def _folder_datasets(config: ImageConfig, to_tensor: list[Any]) -> tuple[ImageDa
         return ImageDataset(_ImageFiles(paths), labels, v2.Compose([*transforms, *normalize]), augments)
 
     evaluated = dataset(validation, center, False)
-    for index in {0, len(evaluated) - 1} if validation else ():
-        evaluated[index]  # a sample of what only the evaluation reads
+    for index in {0, len(evaluated) - 1}:
+        evaluated[index]  # a sample of what only the evaluation reads, which may come hours later
     return (dataset(train.samples, random, config.augment), evaluated, len(train.classes))
+
+
+def _read_annotations(file: Path, labels: dict[str, int]) -> list[tuple[str, int]]:
+    """Read Tiny ImageNet's list: an image's name, a tab, its class, and more. SystemExit: it is broken."""
+    folder, found = file.parent / "images", dict[str, int]()
+    try:
+        there = set(os.listdir(folder))
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{file} cannot be used ({error}); expected a text in UTF-8, and the folder images beside it")
+    for number, line in enumerate(lines, 1):
+        name, _, rest = line.partition("\t")
+        label, wrong = rest.partition("\t")[0], ""
+        if label not in labels:
+            wrong = f"class {label!r}, which train does not have" if rest else "no tab; expected NAME<tab>CLASS"
+        elif name not in there or name in found:
+            wrong = f"image {name!r}, which {'stands above, too' if name in found else f'is not in {folder}'}"
+        if line and wrong:
+            fail(f"{file}: line {number}: {wrong:.200}; fetch it again")
+        if line:
+            found[name] = labels[label]
+    if not found:
+        fail(f"{file} names no images; expected NAME<tab>CLASS in each line; fetch it again")
+    return [(str(folder / name), label) for name, label in found.items()]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from common.data import TextConfig, TokenDataset, standard_library_files, text_datasets
 from tools import tokenize_text
-from vision.images import ImageConfig, image_datasets
+from vision.images import ImageConfig, image_datasets, to_rgb
 
 # ------------------------------------------------------------------------------------------------------------ helpers
 
@@ -186,6 +186,40 @@ def test_what_cannot_be_tokenized(refused, monkeypatch, tmp_path):
     refused("--tokenizer .*no/tokenizer", call=call("--input", book, "--tokenizer", folder, *output))
     refused("--output .*book.txt/in", "write", call=call("--input", book, "--output", book / "in"))
 
+    (tmp_path / "empty.txt").touch()
+    refused("1 documents give 0 training tokens and 0", call=call("--input", tmp_path / "empty.txt", *output))
+    assert not list(tmp_path.glob("*tokens*")) and not list(tmp_path.glob(".tokens*"))
+
+
+def test_a_token_folder_is_replaced_as_a_whole(refused, monkeypatch, tmp_path, token_folder):
+    """Never without --overwrite, nothing if the command breaks off, and a training that reads the old one goes on."""
+    (tmp_path / "book.txt").write_text("y" * 500)
+    given = ("--input", tmp_path / "book.txt", "--output", token_folder)
+    refused("exists already; choose another folder, or replace it", call=lambda: tokenize(monkeypatch, *given))
+    running = text(token_folder, "tokens")[0]
+
+    def breaks_off():
+        yield "z" * 100
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_text.write_token_folder(breaks_off(), lambda text: list(text.encode()), 256, token_folder, "bytes")
+    assert set(text(token_folder, "tokens")[0].tokens) == {ord("x")}
+    tokenize(monkeypatch, *given, "--overwrite")
+    assert set(text(token_folder, "tokens")[0].tokens) == {ord("y")}
+    assert set(running.tokens) == {ord("x")}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["book.txt", "tokens"]
+    (token_folder / "notes.txt").touch()
+    refused("holds notes.txt, which no token folder has", call=lambda: tokenize(monkeypatch, *given, "--overwrite"))
+
+
+def test_a_tokenizer_that_gives_more_than_its_vocabulary(refused, tmp_path):
+    write = tokenize_text.write_token_folder
+    refused(
+        "gives token 300, but has a vocabulary of 256",
+        call=lambda: write(["a"], lambda _: [1] * 99 + [300], 256, tmp_path / "t", "odd"),
+    )
+
 
 @pytest.fixture
 def token_folder(tmp_path):
@@ -219,6 +253,15 @@ def edit_meta(**changes):
         (edit_meta(dtype="uint16"), "train.bin has 900 bytes, meta.json says 900 .*uint16"),
         (edit_meta(tokens={"train": 900}), "meta.json is not what"),
         (edit_meta(vocabulary=None), "meta.json is not what"),
+        (edit_meta(dtype="float64"), "meta.json is not what.*float64"),
+        (edit_meta(dtype="O"), "meta.json is not what"),
+        (edit_meta(vocabulary=0), "meta.json is not what"),
+        (edit_meta(vocabulary=120), "train.bin has token 120, meta.json says a vocabulary of 120"),
+        (edit_meta(tokens={"train": 900, "validation": 0}), "validation.bin has no tokens"),
+        (
+            lambda folder: (edit_meta(dtype="int8")(folder), (folder / "train.bin").write_bytes(b"\xfe" * 900)),
+            "train.bin has token -2, meta.json says a vocabulary of 256",
+        ),
         (edit_meta(vocabulary=1000), "vocabulary of 1000, the model.* 256"),
     ],
 )
@@ -420,9 +463,51 @@ def test_image_folders_that_cannot_be_used(refused, imagenet, tmp_path):
     (imagenet / "train" / "n03").mkdir()
     refused("not a tree of images by class", "n03", call=call())
     save_image(imagenet / "train" / "n03" / "0.JPEG", (0, 0, 0))
-    refused("val has 2 classes, .*train.* 3", call=call())
-    (imagenet / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn99\t0\t0\t62\t62\n")
-    refused("not a tree of images by class", "n99", call=call())
+    refused(r"only in train \(1\): n03; expected folders of the same classes", call=call())
+    (imagenet / "train" / "n03").rename(imagenet / "val" / "N01")
+    refused(r"only in val \(1\): N01; expected", call=call())
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("val_0.JPEG\tn99\t0\t0\t62\t62\n", "line 1: class 'n99', which train does not have"),
+    ("\nval_0.JPEG n01 0 0 62 62\n", "line 2: no tab; expected NAME<tab>CLASS"),
+    ("val_7.JPEG\tn01\n", "line 1: image 'val_7.JPEG', which is not in .*val/images"),
+    ("../train/n01/0.JPEG\tn01\n", "line 1: image '../train/n01/0.JPEG', which is not in"),
+    ("val_0.JPEG\tn01\nval_0.JPEG\tn02\n", "line 2: image 'val_0.JPEG', which stands above, too"),
+    ("", "names no images"), ("\n\n", "names no images"), (b"\xff\xfe", "expected a text in UTF-8"),
+])  # fmt: skip
+def test_broken_annotations(refused, imagenet, text, says):
+    save_image(imagenet / "val" / "images" / "val_0.JPEG", (0, 0, 0))
+    (imagenet / "val" / "val_annotations.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    refused("val_annotations.txt", says, call=lambda: images("folder", imagenet, image_size=24))
+
+
+def test_pictures_of_every_mode(tmp_path):
+    """Each shows the same gray gradient as 8 bits do, or is refused; none becomes white or black."""
+    gradient = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))
+    gray = Image.fromarray(gradient)
+    rgb = gray.convert("RGB")
+    sixteen = Image.fromarray(gradient.astype(np.uint16) * 257)
+    made = {
+        "L.png": gray, "I16.png": sixteen, "I16.tiff": sixteen, "I16.pgm": sixteen, "RGB.png": rgb,
+        "P.png": gray.convert("P"), "LA.png": gray.convert("LA"), "RGBA.webp": rgb.convert("RGBA"), "CMYK.tiff": rgb.convert("CMYK"), "L.jpg": gray,
+    }  # fmt: skip
+    for name, picture in made.items():
+        picture.save(
+            tmp_path / name, **({"quality": 100} if "jpg" in name else {"lossless": True} if "webp" in name else {})
+        )
+    rgb.save(tmp_path / "several.png", save_all=True, append_images=[Image.new("RGB", (32, 32))])
+    rgb.quantize(256).save(tmp_path / "transparent.png", transparency=bytes([255] * 255 + [0]))
+    made |= {"several.png": rgb, "transparent.png": rgb}
+    for name in made:
+        with Image.open(tmp_path / name) as picture:
+            found = np.asarray(to_rgb(picture)).astype(int)
+        assert found.shape == (32, 32, 3)
+        assert np.abs(found - gradient[:, :, None]).max() <= 2, name  # JPEG rounds
+    for values in (np.float32, np.int32):
+        Image.fromarray(gradient.astype(values) * 70000).save(tmp_path / "other.tiff")
+        with Image.open(tmp_path / "other.tiff") as picture, pytest.raises(ValueError, match="of unknown range"):
+            to_rgb(picture)
 
 
 def test_an_unreadable_image_is_named(refused, imagenet):
