@@ -489,8 +489,9 @@ def test_pictures_of_every_mode(tmp_path):
     rgb = gray.convert("RGB")
     sixteen = Image.fromarray(gradient.astype(np.uint16) * 257)
     made = {
-        "L.png": gray, "I16.png": sixteen, "I16.tiff": sixteen, "I16.pgm": sixteen, "RGB.png": rgb,
-        "P.png": gray.convert("P"), "LA.png": gray.convert("LA"), "RGBA.webp": rgb.convert("RGBA"), "CMYK.tiff": rgb.convert("CMYK"), "L.jpg": gray,
+        "L.png": gray, "I16.png": sixteen, "I16.tiff": sixteen, "I16.pgm": sixteen, "RGB.png": rgb, "L.jpg": gray,
+        "P.png": gray.convert("P"), "LA.png": gray.convert("LA"), "RGBA.webp": rgb.convert("RGBA"),
+        "CMYK.tiff": rgb.convert("CMYK"),
     }  # fmt: skip
     for name, picture in made.items():
         picture.save(
