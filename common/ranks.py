@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.distributed.nn
 from tqdm import tqdm
 
-from common import network, same_start
+from common import lost_ranks, network, same_start
 from common.launch import LaunchInfo, allocated_gpus, fail, read_environment
 
 
@@ -75,6 +75,13 @@ class Ranks:
         """End all ranks if any has a problem, with the first one's words: no rank is left waiting for another."""
         if problems := [each for each in self.all_gather(problem) if each]:
             fail(problems[0])
+
+    def meet(self, compare: bool = True) -> None:
+        """Learn which processes the ranks are, and refuse ranks that were started differently. `join` calls it; call
+        it yourself if a framework creates the process group."""
+        lost_ranks.speak_for_backend(self.all_gather(lost_ranks.this_process()))
+        if compare:
+            self.compare_start(same_start.at_start(self.device))
 
     def compare_start(self, facts: same_start.Facts) -> None:
         """End all ranks, with a line about the first difference, unless all have the same facts."""
@@ -161,8 +168,11 @@ def single_process(device: str = "auto") -> Ranks:
     return Ranks(0, 1, 0, 1, launch.launcher, choose_device(device, launch))
 
 
-def prepare_process_group() -> None:
+def prepare_process_group(timeout_s: float) -> None:
     """Prepare the process for a process group. `join` calls it; call it yourself if a framework creates the group.
+
+    Args:
+        timeout_s: of the groups that are made later without a timeout, a mesh's for example.
 
     Raises:
         SystemExit: (exit code 2) torchrun has restarted the ranks, and they would not find each other.
@@ -173,6 +183,7 @@ def prepare_process_group() -> None:
             f"torchrun has restarted the ranks (restart {restarts}), and its store still has the addresses of the dead "
             f"ones, which Gloo would try; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun --max-restarts"
         )
+    lost_ranks.limit_groups(timeout_s)
     # A wrapped model and its hooks refer to each other and to the process group, whose threads must end before Python
     # does: collect such reference cycles while it is still whole.
     atexit.unregister(gc.collect)  # once is enough, however often a process joins
@@ -195,7 +206,7 @@ def join(
             were started differently.
     """
     launch = read_environment()
-    prepare_process_group()
+    prepare_process_group(timeout_s)
     try:
         network.apply(network_profile)
     except ValueError as error:
@@ -228,6 +239,5 @@ def join(
             f"{reason}; check that all ranks were started and that this host and port are reachable"
         )
     ranks = Ranks(launch.rank, launch.world_size, launch.local_rank, launch.local_world_size, launch.launcher, chosen)
-    if compare:
-        ranks.compare_start(same_start.at_start(chosen))
+    ranks.meet(compare)
     return ranks

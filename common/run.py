@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common import ending, flops, metrics, run_folder, same_start
+from common import ending, flops, lost_ranks, metrics, run_folder, same_start
 from common.config import RunConfig, to_dict
 from common.data_sharding import derive_seed
 from common.ranks import Ranks, fail
@@ -225,6 +225,7 @@ class Run:
             self.settle()
             return None
         self._step = self.steps_done
+        lost_ranks.note_step(self._step)
         seed = derive_seed(self.config.seed, "step", self._step, self.ranks.rank)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every kind of device, each time
         if self.ranks.device.type == "cuda":

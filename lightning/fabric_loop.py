@@ -27,7 +27,6 @@ from common.loss import count_valid
 from common.optimizer import build_optimizer, learning_rate, set_learning_rate
 from common.ranks import Ranks, fail
 from common.run import Run
-from common.same_start import at_start
 from common.transformer import Transformer
 
 # fp64 is not Fabric's "64-true": that hands back what a model returns, here the loss, rounded to fp32.
@@ -47,7 +46,7 @@ def main(config: FabricConfig) -> None:
     fabric.launch()
     local_rank, local_world_size = fabric.local_rank, launch.devices
     ranks = Ranks(fabric.global_rank, fabric.world_size, local_rank, local_world_size, launch.launcher, fabric.device)
-    ranks.compare_start(at_start(fabric.device))  # `join` does it where there is no Fabric
+    ranks.meet()  # `join` does it where there is no Fabric
 
     # ---- data: the batch of step N is a pure function of the seed and N
     train_set, validation_set = text_datasets(config.data, config.model.vocabulary)

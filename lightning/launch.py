@@ -40,13 +40,13 @@ def read_launch(config: Any, strategy: str) -> Launch:
     """Find out who started how many processes, whether Lightning will see the same, and set the network's variables.
 
     Args:
-        config: settings with `device`, `devices` and `network_profile`.
+        config: settings with `device`, `devices`, `timeout_s` and `network_profile`.
         strategy: for the one line about n processes that would each train alone.
 
     Raises:
         SystemExit: (exit code 2) the launcher and the settings contradict each other.
     """
-    prepare_process_group()
+    prepare_process_group(config.timeout_s)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # no tips, and no lines about TPUs
     env = os.environ

@@ -15,7 +15,6 @@ from common.config import Config
 from common.optimizer import learning_rate, set_learning_rate
 from common.ranks import Ranks, fail
 from common.run import Run
-from common.same_start import at_start
 
 # The names that run.json has for the strategies of all lessons, where Lightning's setting has another.
 STRATEGY = {"single_device": "single", "tensor_parallel": "tensor"}
@@ -42,12 +41,12 @@ class RunFolder(Callback):
         self.lr = 0.0
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        """Compare what the ranks were started with: Lightning has just joined them, and wraps no model before."""
+        """Let the ranks compare their starts: Lightning has just joined them, and wraps no model before."""
         self.ranks = Ranks(
             rank=trainer.global_rank, world_size=trainer.world_size, local_rank=trainer.local_rank,
             local_world_size=self.launch.devices, launcher=self.launch.launcher, device=trainer.strategy.root_device,
         )  # fmt: skip
-        self.ranks.compare_start(at_start(self.ranks.device))
+        self.ranks.meet()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Open the folder and go on from its checkpoint, if it has one.

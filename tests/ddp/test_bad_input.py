@@ -126,3 +126,4 @@ def test_a_rank_that_dies_takes_the_others_with_it(launch, tmp_path):
     assert result.returncode != 0
     assert "Root Cause" in result.stderr
     assert "SIGKILL" in result.stderr.split("Root Cause")[1]
+    assert result.stderr.count("[rank 0] error: lost rank 1 (") == 1 and "[rank0]: Traceback" not in result.stderr

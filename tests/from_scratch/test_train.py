@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 import subprocess
 import sys
 
@@ -274,8 +273,7 @@ def test_a_killed_rank_does_not_leave_the_others_waiting(tmp_path, strategy):
         for survivor in (processes[0], processes[2]):
             _, stderr = survivor.communicate(timeout=100)
             assert survivor.returncode not in (0, None)
-            assert re.search(r"Connection (closed|reset) by peer|Broken pipe", stderr), stderr[-2000:]
-            assert "Timed out" not in stderr, stderr[-2000:]
+            assert "error: lost rank 1 (" in stderr, stderr[-2000:]
     finally:
         for process in processes:
             process.kill()
