@@ -33,7 +33,7 @@ def program(command: str) -> tuple[int, str]:
         contextlib.redirect_stderr(said),
     ):
         if script == "joining.py":  # it sets what a launcher would
-            for name in LAUNCHER_VARIABLES:
+            for name in (*LAUNCHER_VARIABLES, "TORCHELASTIC_USE_AGENT_STORE"):
                 os.environ.pop(name, None)
         dist.set_debug_level_from_env()
         try:
