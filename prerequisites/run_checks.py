@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from doctor_checks import MODULES, ROOT, installed
+from doctor_packages import MODULES, installed
+from doctor_results import ROOT
 from tqdm import tqdm
 
 CHECKS = ("user_space", "data_set", "file_system", "one_device", "several_devices", "several_nodes")

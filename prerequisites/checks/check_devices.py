@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from reporting import Result, checks, finish, ok, problem
+from reporting import Result, count, finish, ok, problem
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from common.launch import allocated_gpus
@@ -43,7 +43,7 @@ def look(me: Ranks) -> Sight:
     if me.device.type == "cuda":
         visible = tuple(str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count()))
         device = visible[me.device.index]
-    return Sight(host, checks.count(os.environ.get("SLURM_GPUS_ON_NODE")), len(listed), visible, device)
+    return Sight(host, count(os.environ.get("SLURM_GPUS_ON_NODE")), len(listed), visible, device)
 
 
 def judge(sights: list[Sight], nodes: int, gpus: int, launcher: str) -> list[Result]:
@@ -126,8 +126,8 @@ def main() -> None:
     if not os.environ.get("SLURM_JOB_ID"):
         fail("this is no Slurm job, so nothing was asked for; submit prerequisites/checks/one_device.sbatch")
     me = join(timeout_s=60)
-    nodes = checks.count(os.environ.get("SLURM_JOB_NUM_NODES"), 1)
-    gpus = checks.count(os.environ.get("SLURM_GPUS_PER_NODE") or os.environ.get("SLURM_GPUS_ON_NODE"))
+    nodes = count(os.environ.get("SLURM_JOB_NUM_NODES"), 1)
+    gpus = count(os.environ.get("SLURM_GPUS_PER_NODE") or os.environ.get("SLURM_GPUS_ON_NODE"))
     sights = me.all_gather(look(me))
     results = judge(sights, nodes, gpus, me.launcher) if me.is_main else []
     results.append(multiply(me.device))

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from reporting import Result, checks, finish, ok, problem, warning
+from reporting import Result, check_folder, finish, ok, problem, warning
 
 from common.ranks import Ranks, fail, join
 
@@ -134,7 +134,7 @@ def main() -> None:
         fail("all tasks are on one node, so nothing can be compared; expected several: sbatch --nodes=2")
     results = exchange(me, runs, hosts) + own_disk(me, local, hosts)
     # All nodes at the same time, as when they save a checkpoint.
-    results += checks.check_folder("run folder", runs) + checks.check_folder("local disk", local)
+    results += check_folder("run folder", runs) + check_folder("local disk", local)
     finish(results, me)
 
 

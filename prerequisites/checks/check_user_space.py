@@ -13,7 +13,23 @@ import sys
 import tempfile
 from pathlib import Path
 
-from reporting import Result, checks, exit_code, line, ok, problem, warning
+from reporting import (
+    GIB,
+    ROOT,
+    Result,
+    check_imports,
+    check_packages,
+    check_python,
+    check_tokens,
+    exit_code,
+    file_system,
+    installed,
+    line,
+    ok,
+    output,
+    problem,
+    warning,
+)
 
 
 def check_writable(name: str, folder: Path) -> list[Result]:
@@ -27,9 +43,9 @@ def check_writable(name: str, folder: Path) -> list[Result]:
     except OSError as error:
         advice = "quota, permissions, or the mount on this node; see df -h and quota -s there"
         return [problem(name, f"{folder} cannot be written to: {error.strerror}", advice)]
-    found = f"{folder}, {checks.file_system(folder)}, can be written to; {free / checks.GIB:.0f} GiB"
+    found = f"{folder}, {file_system(folder)}, can be written to; {free / GIB:.0f} GiB"
     found += f" and {left:,} files left" if left else " left"
-    if free < checks.GIB:
+    if free < GIB:
         return [warning(name, found, "remove what you do not need, or work on scratch")]
     return [ok(name, found)]
 
@@ -38,7 +54,7 @@ def check_quota() -> list[Result]:
     """The last line of `quota`, where there is such a command."""
     if not shutil.which("quota"):
         return [ok("quota", "no command quota here; your site's documentation names its own")]
-    code, text = checks.output(["quota", "-s"])
+    code, text = output(["quota", "-s"])
     last = " ".join((text.splitlines() or ["none"])[-1].split())
     if code:
         return [warning("quota", f"quota -s: {last}", "you may be over a limit")]
@@ -69,17 +85,17 @@ def judge_versions(login: dict[str, str], here: dict[str, str]) -> list[Result]:
 def main() -> int:
     """The exit code: 0 without problems on this node, 1 with."""
     login = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    here = {name: version for name in login if (version := checks.installed(name)) is not None}
+    here = {name: version for name in login if (version := installed(name)) is not None}
     results = [
-        *checks.check_python(),
-        *checks.check_packages(),
+        *check_python(),
+        *check_packages(),
         *judge_versions(login, here),
-        *checks.check_imports(),
+        *check_imports(),
         *check_writable("home folder", Path.home()),
-        *check_writable("project folder", checks.ROOT),
+        *check_writable("project folder", ROOT),
         *check_quota(),
         *check_modules(),
-        *checks.check_tokens(),
+        *check_tokens(),
     ]
     host, first = socket.gethostname(), os.environ.get("SLURM_PROCID", "0") == "0"
     shown = results if first else [result for result in results if result.status != "ok"]

@@ -7,13 +7,34 @@ from typing import NoReturn
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # the doctor's files
 
-import doctor_checks as checks
-from doctor import exit_code, line, merged
-from doctor_checks import Result, ok, problem, warning
+from doctor_folders import check_folder, file_system
+from doctor_output import exit_code, line, merged
+from doctor_packages import check_imports, check_packages, check_python, installed
+from doctor_results import GIB, ROOT, Result, count, ok, output, problem, warning
+from doctor_slurm import check_tokens
 
 from common.ranks import Ranks
 
-__all__ = ["Result", "checks", "exit_code", "finish", "line", "ok", "problem", "warning"]
+__all__ = [
+    "GIB",
+    "ROOT",
+    "Result",
+    "check_folder",
+    "check_imports",
+    "check_packages",
+    "check_python",
+    "check_tokens",
+    "count",
+    "exit_code",
+    "file_system",
+    "finish",
+    "installed",
+    "line",
+    "ok",
+    "output",
+    "problem",
+    "warning",
+]
 
 
 def finish(results: list[Result], me: Ranks) -> NoReturn:
