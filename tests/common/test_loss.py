@@ -154,12 +154,24 @@ def test_bf16_weights_sum_their_gradients_in_fp32():
 def test_a_scale_beyond_fp16():
     """GradScaler begins with 65 536, which fp16 does not hold."""
     hidden, weight, targets = make_inputs(torch.float32)
-    with torch.autocast("cpu", torch.float16):
-        loss = chunked_cross_entropy(hidden, weight, targets, 5)
-    plain = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
-    scaled = torch.autograd.grad(65536 * loss, (hidden, weight))
+
+    def gradients(scale):
+        with torch.autocast("cpu", torch.float16):
+            loss = chunked_cross_entropy(hidden, weight, targets, 5)
+        return torch.autograd.grad(scale * loss, (hidden, weight))
+
+    plain, scaled = gradients(1), gradients(65536)
     for a, b in zip(plain, scaled, strict=True):
         assert torch.equal(65536 * a, b)
+
+
+def test_a_second_backward_is_refused():
+    """The first one has scaled what the forward kept."""
+    hidden, weight, targets = make_inputs()
+    loss = chunked_cross_entropy(hidden, weight, targets, 5)
+    torch.autograd.grad(2 * loss, (hidden, weight), retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, (hidden, weight))
 
 
 @pytest.mark.parametrize("trained", ["hidden", "weight", "neither"])

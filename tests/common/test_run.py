@@ -79,7 +79,7 @@ def test_a_damaged_checkpoint_names_one_that_is_whole_and_the_run_can_go_back_to
         damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     code, message = begin_or_go_on(group, tmp_path, *NAMED, "6")
     assert code == 2
-    assert f"the newest other one that is whole is step_2: go on from it with --resume {checkpoints}/step_2" in message
+    assert f"the newest other one that is whole is step_2: go on with --resume {checkpoints}/step_2" in message
     back = [*NAMED, "6", "--resume", str(checkpoints / "step_2")]
     assert begin_or_go_on(group, tmp_path, *back) == [2, "run"]
     assert [name[:16] for name in names(checkpoints)] == [

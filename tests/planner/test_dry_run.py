@@ -144,7 +144,8 @@ def test_fsdp_in_numbers_worked_out_by_hand():
 def test_recomputation_keeps_less_and_sends_the_same():
     kept = dry(FSDP, 64, *WIDE)
     again = dry(FSDP, 64, *WIDE, "--train.activation_checkpointing", "true")
-    assert again["bytes"]["activations"] < kept["bytes"]["activations"] / 3
+    of_the_head = 4 * 128256 * 4096  # its gradient is there when the forward ends; see common/loss.py
+    assert again["bytes"]["activations"] - of_the_head < (kept["bytes"]["activations"] - of_the_head) / 3
     assert again["collectives"] == kept["collectives"]
     assert again["peak"]["when"].startswith("backward")
 
@@ -173,6 +174,13 @@ def test_stages_differ():
     assert [row(report, "send", "world")["count"] for report in reports] == [4, 8, 8, 4]
     first, second, _, last = (report["bytes"]["parameters"] for report in reports)
     assert first - second == 4 * 256 * 128 and last - second == 4 * (256 * 128 + 128)  # embedding; head and norm
+
+
+def test_the_mesh_is_seen_from_the_asked_rank():
+    """The second of two stages has the last norm, of 128 numbers; embedding and head are of equal size."""
+    options = ["--batch.micro_size", "2", "--mesh.pp", "2", "--mesh.tp", "1"]
+    first, second = (dry(HYBRID, 2, *BATCH, *options, rank=rank)["bytes"]["parameters"] for rank in (0, 1))
+    assert second - first == 4 * 128
 
 
 def test_the_first_stage_has_the_embedding():
@@ -236,6 +244,9 @@ def test_nothing_is_left_behind():
     dry(TENSOR, 2, *BATCH)
     assert not dist.is_initialized()
     assert not any("mesh_settings" in name for name in set(sys.modules) - before)
+    with pytest.raises(SystemExit):  # after the ranks have joined
+        dry(TENSOR, 2, *BATCH, "--batch.micro_size", "5")
+    assert not dist.is_initialized()
     assert "common.run" in sys.modules and sys.modules["common.run"].Run.__module__ == "common.run"
 
 
