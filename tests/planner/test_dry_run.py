@@ -104,13 +104,13 @@ WIDE = ["--model.preset", "llama3_8b", "--model.layers", "3", "--data.sequence_l
 @pytest.mark.parametrize(("script", "options", "names"), [
     (FSDP, ["--fsdp.replicate", "8", "--train.precision", "bf16"],
      ["all-gather dp_shard", "reduce-scatter dp_shard", "all-reduce dp_replicate"]),
+    (TENSOR, ["--mesh.tp", "8", "--mesh.dp", "8"],
+     ["all-gather tp", "reduce-scatter tp", "all-gather dp", "reduce-scatter dp"]),
+    (CONTEXT, ["--mesh.dp", "8"],
+     ["all-gather cp", "reduce-scatter cp", "all-gather world", "reduce-scatter world"]),
     *(pytest.param(*row, marks=pytest.mark.slow) for row in [
         (FSDP, [], ["all-gather world", "reduce-scatter world"]),
         (FSDP, ["--fsdp.reshard_after_forward", "false"], ["all-gather world", "reduce-scatter world"]),
-        (TENSOR, ["--mesh.tp", "8", "--mesh.dp", "8"],
-         ["all-gather tp", "reduce-scatter tp", "all-gather dp", "reduce-scatter dp"]),
-        (CONTEXT, ["--mesh.dp", "8"],
-         ["all-gather cp", "reduce-scatter cp", "all-gather world", "reduce-scatter world"]),
         (CONTEXT, ["--train.precision", "bf16"], ["all-gather world", "reduce-scatter world"]),
     ]),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else value.replace("/", " "))  # fmt: skip
