@@ -121,8 +121,8 @@ def load(config: InferenceConfig, ranks: Ranks) -> Any:
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
             )
-        except (OSError, ValueError) as error:
-            fail(f"{folder} is no causal model with safetensors: {str(error).splitlines()[0]}")
+        except Exception as error:  # whatever a damaged or foreign config makes the library raise
+            fail(f"{folder} is no causal model with safetensors: {' '.join(str(error).split()):.200}")
     else:
         with tempfile.TemporaryDirectory() as folder:
             random = Transformer(config.model, config.seed)

@@ -1,6 +1,7 @@
 """Causal language models of `transformers`: from a local folder, or random. Nothing is downloaded."""
 
 import importlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ def load_hf_config(folder: str | None, sequence_length: int) -> Any:
     if not any(Path(folder, name).is_file() for name in WEIGHT_FILES):
         fail(f"model_path = {folder}: neither {' nor '.join(WEIGHT_FILES)} there; other kinds of weights may run code")
     try:
-        written, index = read_json(Path(folder, "config.json")), Path(folder, WEIGHT_FILES[1])
+        # Not read_json: the config of a Mamba has Infinity.
+        written, index = json.loads(Path(folder, "config.json").read_bytes()), Path(folder, WEIGHT_FILES[1])
         places = set(read_json(index)["weight_map"].values()) if index.is_file() else set()
         if outside := sorted(place for place in places if Path(place).name != place):
             fail(f"{index} names {outside[0]}; expected files of the same folder; fetch it again")

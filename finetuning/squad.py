@@ -4,18 +4,17 @@ The answer is a span of the context, or nothing.
 """
 
 import ast
-import json
 import re
 import string
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from common import same_start
 from common.config_fields import PathText
 from common.data import standard_library_files
 from common.ranks import fail
+from common.strict_files import read_json
 
 
 @dataclass
@@ -99,11 +98,9 @@ def questions_of(tree: Any, where: str) -> list[Question]:
 def read_questions(path: str) -> list[Question]:
     """Read the questions of a JSON file; see `questions_of`."""
     try:
-        tree = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        fail(f"{path}: {error.strerror}; expected a JSON file in SQuAD's format")
+        tree = read_json(path)
     except ValueError as error:
-        fail(f"{path} is not JSON ({error}); expected a file in SQuAD's format")
+        fail(f"{error}; expected a JSON file in SQuAD's format")
     return questions_of(tree, path)
 
 

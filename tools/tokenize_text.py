@@ -82,8 +82,8 @@ def write_token_folder(
             tokens[cut:].tofile(new / "validation.bin")
             counts = {"train": cut, "validation": len(tokens) - cut}
         if not all(counts.values()):
-            fail(f"{documents} documents give {counts['train']} training tokens and {counts['validation']} for "
-                 f"validation; expected some of each; give more text")  # fmt: skip
+            found = f"gives {counts['train']} training tokens and {counts['validation']} for validation"
+            fail(f"the input (documents: {documents}) {found}; expected some of each; give more text")
         if largest >= vocabulary:
             fail(f"tokenizer {name} gives token {largest}, but has a vocabulary of {vocabulary}; use another tokenizer")
         meta = {"dtype": dtype.name, "vocabulary": vocabulary, "tokens": counts, "tokenizer": name}

@@ -69,8 +69,10 @@ def test_a_file_that_is_not_squad(tmp_path, capsys, data, words):
 
 
 def test_a_file_that_is_not_json(tmp_path, capsys):
-    (tmp_path / "some.json").write_bytes(b"\xff{")
-    for path, words in ((tmp_path / "some.json", "is not JSON"), (tmp_path / "none.json", "No such file")):
+    (tmp_path / "some.json").write_bytes(b"{")
+    (tmp_path / "bytes.json").write_bytes(b"\xff{")
+    for name, words in {"some": "not valid JSON", "bytes": "expected text in UTF-8", "none": "No such file"}.items():
+        path = tmp_path / f"{name}.json"
         with pytest.raises(SystemExit):
             read_questions(str(path))
         assert words in capsys.readouterr().err
