@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node=2 ddp/train.py --config ddp/configs/gpt_124m.yaml --train.steps 50
 
+In settings that name a file or folder, `~`, `$NAME` and `${NAME}` are replaced as a shell does.
 The sections stand beside the code that they configure (`ModelConfig` in `transformer.py`, `OptimizerConfig` in
 `optimizer.py` …). A lesson that needs more derives its own class from `Config` or `RunConfig` and calls `parse` on it.
 A key that does not exist, a value of the wrong type and a value that cannot work end the program with one line and

@@ -124,6 +124,17 @@ def tear_shard(folder):
     path.write_bytes(path.read_bytes()[:1000])
 
 
+def link_shard(folder):
+    path = next(folder.rglob("*pp_rank_1_*_optim_states.pt"))
+    path.rename(folder.parent / path.name)
+    path.symlink_to(folder.parent / path.name)
+
+
+def lead_elsewhere(folder):
+    (folder / "checkpoints" / "global_step3").rename(folder / "elsewhere")
+    (folder / "checkpoints" / "latest").write_text("../elsewhere")
+
+
 def lose_everything(folder):
     shutil.rmtree(folder)
 
@@ -135,6 +146,8 @@ def lose_everything(folder):
     (lose_first_shard, "the optimizer shard of rank 0 is missing"),
     (lose_last_shard, "Expected 2 of|tp_degree or dp_degree mismatch"),
     (tear_shard, "is no whole file of torch.save"),
+    (link_shard, "_optim_states.pt is a link"),
+    (lead_elsewhere, "latest names '../elsewhere'"),
 ], ids=lambda value: value.__name__ if callable(value) else None)  # fmt: skip
 def test_damage_is_one_line(group, saved, tmp_path, damage, words):
     source, _ = saved(3)

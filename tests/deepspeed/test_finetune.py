@@ -282,6 +282,9 @@ def test_checkpoints_that_cannot_be_used(group, places, tmp_path):
     ]:  # fmt: skip
         refused = group(2)(ON_RANKS.ends, [*more, "--batch.micro_size", "12", f"--{name}", str(now)])
         assert_one_line(refused, f"checkpoint-2 was made with {name} = {re.escape(str(made))}, this run has {now};")
+    (folder / "checkpoint-2" / "more.pt").touch()
+    assert_one_line(group(2)(ON_RANKS.ends, more), "more.pt is not among the files of complete.json")
+    (folder / "checkpoint-2" / "more.pt").unlink()
     file = next((folder / "checkpoint-2").rglob("*optim_states.pt"))
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
