@@ -1,7 +1,6 @@
 """DeepSpeed's settings: which of its JSON files, how "auto" is filled in there, and what a rank holds by them."""
 
 import atexit
-import difflib
 import json
 import os
 import secrets
@@ -12,36 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from config_file import off_load, read
 from environment import deepspeed
-
-# isort: split
-# after environment.py, which chooses the accelerator
-from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 from nvme import nvme_problem
-from pydantic import ValidationError
 from torch.nn.utils import clip_grad_norm_
 
 from common.config import Config
 from common.config_fields import PathText
 from common.data_sharding import BatchPlan
 from common.ranks import Ranks, fail
-
-# What a file may have at its top. Left out is what this project decides elsewhere: other batches, models in parts.
-NUMBERS = {
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "prescale_gradients", "gradient_predivide_factor",
-    "gradient_allreduce_op", "communication_data_type", "disable_allgather", "disable_python_gc", "dump_state",
-    "log_level", "memory_breakdown", "steps_per_print", "wall_clock_breakdown",
-}  # fmt: skip
-SECTIONS = {
-    "zero_optimization", "bf16", "fp16", "activation_checkpointing", "aio", "checkpoint", "comet", "comms_logger",
-    "compile", "csv_monitor", "data_efficiency", "data_types", "flops_profiler", "pipeline", "tensorboard", "timers",
-    "wandb",
-}  # fmt: skip
-OFF_LOAD = DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
-STRICT = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
 
 
 @dataclass
@@ -108,65 +86,14 @@ def engine_config(config: DeepSpeedConfig, plan: BatchPlan, ranks: Ranks) -> dic
         if found.setdefault(name, "auto") == "auto":
             found[name] = value
         elif found[name] != value:
-            fail(f'{path}: {key} = {found[name]}, but the settings give {value}; write "auto" there, and set it here')
+            shown = json.dumps(found[name]), json.dumps(value)
+            fail(f'{path}: {key} = {shown[0]}, but the settings give {shown[1]}; write "auto" there, and set it here')
     settings.setdefault("zero_allow_untested_optimizer", True)  # torch's SGD is one
     for what in on_disk:
         section = zero[f"offload_{what}"]
         given = section.get("nvme_path", "auto")
         section["nvme_path"] = str(open_swap_folder(config.nvme_path if given == "auto" else given, ranks))
     return settings
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A file of DeepSpeed's settings, with the sections that all runs need. DeepSpeed ignores what it does not know at
-    the top of a file; here that is an error."""
-    try:
-        settings = json.loads(path.read_text())
-    except OSError as error:
-        fail(f"deepspeed_config {path}: {error.strerror}; expected a JSON file such as deepspeed/configs/zero2.json")
-    except ValueError as error:
-        fail(f"deepspeed_config {path} is not valid JSON: {error}")
-    if not isinstance(settings, dict):
-        fail(f"deepspeed_config {path} holds a {type(settings).__name__}; expected an object with DeepSpeed's settings")
-    for key in settings:
-        if key in ("optimizer", "scheduler"):
-            fail(f"{path}: {key} is set by optimizer.* here; take it out of the file")
-        if key not in NUMBERS | SECTIONS:
-            unknown(path, key, NUMBERS | SECTIONS)
-        if key in SECTIONS and not isinstance(settings[key], dict):
-            fail(f"{path}: {key} = {json.dumps(settings[key])}; expected an object")
-    stage = settings.setdefault("zero_optimization", {}).setdefault("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        fail(f"{path}: zero_optimization.stage = {stage!r}; allowed: 0, 1, 2, 3")
-    for name, model in STRICT.items():
-        try:
-            model(**settings.setdefault(name, {}))
-        except ValidationError as error:
-            wrong = error.errors()[0]
-            location = ".".join([name, *map(str, wrong["loc"])])
-            if wrong["type"] == "extra_forbidden":
-                unknown(path, location, names_of(*STRICT.values(), *OFF_LOAD))
-            fail(f"{path}: {location}: {wrong['msg']}")
-        except (TypeError, AssertionError) as error:  # an old name beside its new one
-            fail(f"{path}: {name}: {error}")
-    return settings
-
-
-def unknown(path: Path, key: str, known: set[str]) -> None:
-    """End with one line about a key that DeepSpeed does not have there."""
-    near = difflib.get_close_matches(key.rpartition(".")[2], known, 1)
-    fail(f"{path}: unknown key {key}{f'; did you mean {near[0]}?' if near else ''}")
-
-
-def names_of(*models: Any) -> set[str]:
-    """The keys of some of DeepSpeed's sections; those of stage 3 have a second name, stage3_…"""
-    fields = [item for model in models for item in model.model_fields.items()]
-    return {name for name, _ in fields} | {field.alias for _, field in fields if field.alias}
-
-
-def off_load(settings: dict[str, Any], what: str) -> str:
-    """Where "optimizer" or "param" go by the file: cpu, nvme, or none."""
-    return (settings.get("zero_optimization", {}).get(f"offload_{what}") or {}).get("device", "none")
 
 
 def cpu_adam_if_offloaded(optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> torch.optim.Optimizer:
