@@ -7,6 +7,7 @@ runs/<name>/config.yaml      the resolved settings
             loss.png         the curve
 """
 
+import math
 import os
 import platform
 import secrets
@@ -157,7 +158,9 @@ def _within(key: str, names: tuple[str, ...]) -> bool:
 
 def lasting(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings by dotted name, without those of `MAY_DIFFER`: a checkpoint keeps what it was made with."""
-    return {key: value for key, value in _flatten(settings).items() if not _within(key, MAY_DIFFER)}
+    flat = {key: value for key, value in _flatten(settings).items() if not _within(key, MAY_DIFFER)}
+    # JSON knows no infinity, which `optimizer.clip` may be.
+    return {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in flat.items()}
 
 
 def _compare(folder: Path, start: Path, settings: dict[str, Any], fingerprint: str | None) -> str | None:

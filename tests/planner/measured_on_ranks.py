@@ -70,8 +70,8 @@ def measured(script: str, arguments: list[str], memory: bool) -> dict:
         found["model"], found["optimizer"] = getattr(model, "module", model), optimizer
         restore(self, model, optimizer, *rest)
 
-    def watched_steps(self, *validate):
-        inner = steps(self, *validate)
+    def watched_steps(self, validate=None):
+        inner = steps(self, validate)
         yield next(inner)
         model, optimizer = found["model"], found["optimizer"]
         sizes = {}
