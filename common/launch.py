@@ -36,6 +36,9 @@ def fail(message: str, code: int = 2) -> NoReturn:
     message = " ".join(message.split())
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("OMPI_COMM_WORLD_RANK")
     print(f"[rank {rank}] error: {message}" if rank else f"error: {message}", file=sys.stderr, flush=True)
+    if code == 2 and (mistake_file := os.environ.get("MISTAKE_FILE")):  # of a Slurm job, which is not restarted then
+        with contextlib.suppress(OSError):
+            open(mistake_file, "w").close()
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
         with contextlib.suppress(OSError), open(error_file, "w") as file:

@@ -4,7 +4,7 @@
 # salloc runs this script on the login node, inside the allocation, and gives the nodes back when it ends. Without a
 # command, salloc opens a shell (at most sites on the first node): type the same srun lines there, `exit` at the end.
 # What is started without srun runs where the shell is, as one process: plain python, and torchrun too.
-RANKS_PER_NODE=${SLURM_GPUS_PER_NODE:-}
+RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_GPUS_PER_NODE:-}}
 RANKS_PER_NODE=${RANKS_PER_NODE##*:} # a100:4 is 4
 source slurm/job_env.sh
 

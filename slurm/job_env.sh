@@ -5,6 +5,7 @@
 # It reads   CLUSTER         which profile of slurm/profiles/ describes this cluster (default: default), or a file
 #            VENV            the environment's folder (default: .venv, else what is active)
 #            RANKS_PER_NODE  processes on each node (default: its GPUs)
+#            RESTARTS        requeue a job that failed after it had saved a checkpoint, until it was requeued this often
 #            STAGE_ENV=1     copy the environment to each node's own disk first
 #            BANDWIDTH_GATE  GB/s; end the job if an all-reduce between its GPUs is slower
 #            MEMORY_LOG      seconds; log the memory of all nodes this often, beside the job
@@ -17,6 +18,11 @@ set -euo pipefail
 die() {
     echo "job_env: error: $*" >&2
     exit 2
+}
+
+whole_number() { # NAME LEAST [ADVICE]
+    [[ ${!1} =~ ^(0|[1-9][0-9]{0,5})$ && ${!1} -ge $2 ]] ||
+        die "$1=${!1} is no whole number from $2 on; correct it${3:+, or $3}"
 }
 
 [[ -n ${SLURM_JOB_ID:-} ]] || die "this is no Slurm job; submit the file with sbatch"
@@ -39,6 +45,9 @@ fi
 if [[ -n ${CACHE:-} ]]; then # downloads belong on a large, shared disk, not in the home folder
     export HF_HOME=${HF_HOME:-$CACHE/huggingface} TORCH_HOME=${TORCH_HOME:-$CACHE/torch}
 fi
+
+RESTARTS=${RESTARTS:-0}
+whole_number RESTARTS 0
 
 # ---- the environment
 if [[ -n ${VENV:-} || -d .venv ]]; then
@@ -71,14 +80,17 @@ eval "$network"
 
 # ---- the ranks: how many on a node, and where they meet
 if [[ -z ${RANKS_PER_NODE:-} ]]; then
-    [[ -n ${SLURM_GPUS_ON_NODE:-} ]] || die "the job has no GPUs; submit it with --gpus-per-node=N," \
-        "or, to train on CPUs, with DEVICE=cpu and RANKS_PER_NODE=N in the environment"
-    RANKS_PER_NODE=$SLURM_GPUS_ON_NODE
+    # Inside salloc, --gres gives GPUs too, and no variable says so.
+    [[ -n ${SLURM_GPUS_ON_NODE:-} ]] || die "Slurm does not say how many GPUs a node of this job has; submit it with" \
+        "--gpus-per-node=N, or export RANKS_PER_NODE=N (salloc --gres; on CPUs, together with DEVICE=cpu)"
+    RANKS_PER_NODE=${SLURM_GPUS_ON_NODE##*:}
     gpus=${SLURM_GPUS:-} # --gpus=N is a total, which Slurm may spread unevenly
-    if [[ -n $gpus && $((RANKS_PER_NODE * SLURM_NNODES)) -ne ${gpus##*:} ]]; then
+    whole_number RANKS_PER_NODE 1
+    if [[ ${gpus##*:} =~ ^[0-9]+$ && $((RANKS_PER_NODE * SLURM_NNODES)) -ne ${gpus##*:} ]]; then
         die "--gpus=$gpus does not lie evenly on $SLURM_NNODES nodes; ask for --gpus-per-node=N instead"
     fi
 fi
+whole_number RANKS_PER_NODE 1 "leave it out for one process on each GPU"
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_ADDR=${hosts%%$'\n'*} # this script runs there
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) # two jobs that share a node get two ports, …
@@ -100,7 +112,7 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 # Its name for Slurm's commands: the number of one task of an array is also that of the whole array.
 this_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}
 end_job() {
-    rm -f "$STOP_FILE"
+    rm -f "$STOP_FILE" "$MISTAKE_FILE" "$started"
     if [[ -n ${memory_logger:-} ]]; then
         # The only step that is left. scancel's signal lets the loggers end; srun, signalled itself, has them killed.
         scancel --quiet --signal=TERM "$this_job" && wait "$memory_logger" || true
@@ -108,10 +120,13 @@ end_job() {
     fi
     if [[ -n ${staged:-} ]]; then "${each_node[@]}" rm -rf "$staged"; fi
 }
-STOP_FILE=$(realpath -m "${RUNS_DIR:-runs}")/stop-job$SLURM_JOB_ID
-export STOP_FILE
-mkdir -p "${STOP_FILE%/*}" || die "the run folder ${STOP_FILE%/*} cannot be made; set RUNS_DIR"
-rm -f "$STOP_FILE"
+runs=$(realpath -m "${RUNS_DIR:-runs}")
+STOP_FILE=$runs/stop-job$SLURM_JOB_ID
+MISTAKE_FILE=$runs/mistake-job$SLURM_JOB_ID # a rank that ends with 2 makes it: torchrun ends with 1 whatever its ranks do
+started=$runs/started-job$SLURM_JOB_ID
+export STOP_FILE MISTAKE_FILE
+mkdir -p "$runs" || die "the run folder $runs cannot be made; set RUNS_DIR"
+rm -f "$STOP_FILE" "$MISTAKE_FILE" "$started"
 trap end_job EXIT
 
 # ---- preemption: Slurm's signals reach this shell, not the ranks (torchrun would die of USR1). A file reaches them:
@@ -126,8 +141,46 @@ ask_to_stop() {
 trap 'ask_to_stop USR1; requeue=1' USR1
 trap 'ask_to_stop TERM' TERM
 
+# Whether the run of this job has a checkpoint that is newer than its start. Arguments: the command.
+has_progress() {
+    local name="*-job$SLURM_JOB_ID" folder=$runs word before=
+    for word in "$@"; do
+        case $before in --run_name) name=$word ;; --runs_dir) folder=$word ;; esac
+        case $word in --run_name=*) name=${word#*=} ;; --runs_dir=*) folder=${word#*=} ;; esac
+        before=$word
+    done
+    [[ -n $(find "$folder" -path "$folder/$name/checkpoints/*/manifest.json" -newer "$started" -print -quit) ]]
+}
+
+# Requeue a job that failed, RESTARTS times at most (Slurm's own requeues count): never for a mistake that only the user
+# can mend, nor when it would fail at the same place again, because nothing was saved since it began.
+may_restart() { # CODE COMMAND…
+    local code=$1 count=${SLURM_RESTART_COUNT:-0}
+    shift
+    ((${RESTARTS:-0} > 0 && signals == 0)) || return 1
+    if ((code == 2)) || [[ -e $MISTAKE_FILE ]]; then
+        echo "job_env: not restarted: the ranks ended by a mistake that only you can mend; see their line above"
+    elif ((count >= RESTARTS)); then
+        echo "job_env: not restarted: the job was requeued $count time(s), RESTARTS=$RESTARTS"
+    elif ! has_progress "$@"; then
+        echo "job_env: not restarted: no checkpoint is newer than this start, so it would fail again; see the error above"
+    else
+        echo "job_env: failed with code $code after a new checkpoint: requeued, restart $((count + 1)) of $RESTARTS"
+        return 0
+    fi
+    return 1
+}
+
+requeue_job() {
+    end_job
+    trap - EXIT TERM
+    scontrol requeue "$this_job" || die "Slurm did not requeue the job; submit it again with the same run_name"
+    sleep 60 # Slurm ends this shell
+}
+
 supervise() {
     local pid seen code
+    : >"$started"
     "$@" &
     pid=$!
     while :; do # bash handles a signal only while it waits for something in the background
@@ -137,10 +190,9 @@ supervise() {
     done
     if [[ $code -eq 0 && -n $requeue ]]; then
         echo "job_env: saved; job $SLURM_JOB_ID is requeued and will go on from the checkpoint"
-        end_job
-        trap - EXIT TERM
-        scontrol requeue "$this_job" || die "Slurm did not requeue the job; submit it again with the same run_name"
-        sleep 60 # Slurm ends this shell
+        requeue_job
+    elif [[ $code -ne 0 ]] && may_restart "$code" "$@"; then
+        requeue_job
     fi
     return "$code"
 }

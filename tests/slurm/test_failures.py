@@ -98,7 +98,7 @@ def test_settings_that_cannot_work(cluster, tmp_path):
     source = ["--wrap", "bash -c 'source slurm/job_env.sh; echo went on'"]  # Slurm's own wrapper is sh
     gpu = ["--gpus-per-node=1"]
     cases = {
-        "the job has no GPUs; submit it with --gpus-per-node=N": (source, {}),
+        "Slurm does not say how many GPUs a node of this job has": (source, {}),
         "CLUSTER=nowhere: there is no slurm/profiles/nowhere.sh; there are: aws-efa.sh": (
             [*gpu, *source],
             {"CLUSTER": "nowhere"},

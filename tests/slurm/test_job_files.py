@@ -12,6 +12,8 @@ import pytest
 from fake_slurm import OPTION, FakeSlurm, job_files
 from launching import ROOT
 
+from common.launch import fail
+
 # A rank that trains until it is asked to stop, then saves.
 UNTIL_ASKED = 'until [[ -e $STOP_FILE ]]; do sleep 0.02; done; echo "saved"'
 
@@ -97,7 +99,13 @@ def test_modules_caches_and_network_of_a_profile(slurm):
 @pytest.mark.parametrize(
     ("message", "environment"),
     [
-        ("the job has no GPUs; submit it with --gpus-per-node=N", {"SLURM_GPUS_ON_NODE": "unset"}),
+        ("Slurm does not say how many GPUs a node of this job has; submit it", {"SLURM_GPUS_ON_NODE": "unset"}),
+        ("RANKS_PER_NODE=auto is no whole number from 1 on; correct it, or leave it out", {"RANKS_PER_NODE": "auto"}),
+        ("RANKS_PER_NODE=0 is no whole number from 1 on", {"RANKS_PER_NODE": "0"}),
+        ("RANKS_PER_NODE=-1 is no whole number from 1 on", {"RANKS_PER_NODE": "-1"}),
+        ("RANKS_PER_NODE=a[$(touch x)] is no whole number", {"RANKS_PER_NODE": "a[$(touch x)]"}),
+        ("RANKS_PER_NODE=many is no whole number", {"SLURM_GPUS_ON_NODE": "gpu:many"}),
+        ("RESTARTS=some is no whole number from 0 on", {"RESTARTS": "some"}),
         ("CLUSTER=nowhere: there is no slurm/profiles/nowhere.sh; there are: aws-efa.sh", {"CLUSTER": "nowhere"}),
         ("there is no environment with torch in /no/such/environment", {"VENV": "/no/such/environment"}),
         ("--gpus=3 does not lie evenly on 2 nodes", {"SLURM_GPUS": "3"}),
@@ -196,6 +204,54 @@ def test_a_signal_lets_the_ranks_save_and_requeues(slurm, tmp_path, number, afte
     assert calls == ([["requeue", requeued.format(job=slurm.job)]] if requeued else [])
     assert ended.code == (-signal.SIGTERM if requeued else 4 if after else 0)
     assert not list(slurm.runs.iterdir()), "the stop file would stop the requeued job at once"
+
+
+SAVES = "mkdir -p {runs}/{name}/checkpoints/step_5; touch {runs}/{name}/checkpoints/step_5/manifest.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "then", "environment", "requeued"),
+    [
+        ("ddp-train-job{job}", "exit 1", {"RESTARTS": "2"}, True),
+        ("ddp-train-job{job}", "exit 1", {"RESTARTS": "2", "SLURM_RESTART_COUNT": "1"}, True),
+        ("ddp-train-job{job}", "exit 1", {"RESTARTS": "2", "SLURM_RESTART_COUNT": "2"}, False),  # often enough
+        ("ddp-train-job{job}", "exit 1", {}, False),  # not asked for
+        ("ddp-train-job{job}", "exit 0", {"RESTARTS": "2"}, False),
+        ("ddp-train-job{job}", "exit 2", {"RESTARTS": "2"}, False),  # the user's mistake
+        ("ddp-train-job{job}", "touch $MISTAKE_FILE; exit 1", {"RESTARTS": "2"}, False),  # the same, under torchrun
+        ("ddp-train-job1", "exit 1", {"RESTARTS": "2"}, False),  # another job's checkpoint
+        ("mine", "exit 1", {"RESTARTS": "2", "NAMED": "1"}, True),
+    ],
+)
+def test_a_job_that_failed_with_progress_is_requeued(slurm, tmp_path, name, then, environment, requeued):
+    name = name.format(job=slurm.job)
+    command = "supervise srun train" + (" --run_name mine" if "NAMED" in environment else "")
+    saves = SAVES.format(runs=slurm.runs, name=name)
+    ended = slurm.run(sourcing(tmp_path, TWO, command), FAKE_SRUN=f"sleep 0.05; {saves}; {then}", **environment)
+    calls = [words for words in ended.of("scontrol") if words[0] == "requeue"]
+    assert calls == ([["requeue", slurm.job]] if requeued else []), ended.output
+    assert ended.code == (-signal.SIGTERM if requeued else int(then[-1]))
+    assert [path.name for path in slurm.runs.iterdir()] == [name], "a mark of this attempt would tell on the next"
+
+
+def test_a_job_that_failed_without_progress_is_not_requeued(slurm, tmp_path):
+    """The checkpoint is there, and older than this start: the job would fail again where it just has."""
+    old = slurm.runs / f"ddp-train-job{slurm.job}" / "checkpoints" / "step_5" / "manifest.json"
+    old.parent.mkdir(parents=True)
+    old.touch()
+    os.utime(old, (time.time() - 60,) * 2)
+    ended = slurm.run(sourcing(tmp_path, TWO, "supervise srun train"), FAKE_SRUN="exit 1", RESTARTS="3")
+    assert ended.code == 1 and "no checkpoint is newer than this start" in ended.output
+    assert not [words for words in ended.of("scontrol") if words[0] == "requeue"]
+
+
+def test_a_mistake_of_the_user_leaves_a_mark_for_the_job(tmp_path, monkeypatch, capsys):
+    """torchrun ends with 1, whatever its ranks ended with."""
+    monkeypatch.setenv("MISTAKE_FILE", str(tmp_path / "mark"))
+    for code in (1, 2):
+        with pytest.raises(SystemExit):
+            fail("a mistake", code)
+        assert (tmp_path / "mark").exists() == (code == 2)
 
 
 @pytest.mark.parametrize("after", ["", "; exit 4"])
