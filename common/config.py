@@ -46,6 +46,8 @@ class TrainConfig:
     """Optimizer steps of the whole training, whatever the world size."""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """bf16 and fp16 compute in autocast over fp32 weights; fp64 holds everything in double, for proofs."""
+    tf32: bool = False
+    """Let fp32 matmuls and convolutions round their factors to TF32 (10 bits, 8 times as fast) on NVIDIA GPUs."""
     compile: bool = False
     """Compile the model with torch.compile (the transformer block by block)."""
     activation_checkpointing: bool = False

@@ -29,16 +29,22 @@ _PEAKS: list[tuple[str, tuple[float | None, ...]]] = [
     (r"H100 PCIe", (756.0, 756.0, 378.0, 51.2)),  # the same
     (r"H100 NVL", (835.5, 835.5, 417.5, 60.0)),  # NVIDIA H100 datasheet (2024), sparse figures halved
     (r"H200", (989.5, 989.5, 494.5, 67.0)),  # H200 SXM; NVIDIA H200 datasheet (2024), sparse figures halved
+    (r"GH200 (120|480)GB", (989.4, 989.4, 494.7, 66.9)),  # NVIDIA GH200 datasheet, sparse figures halved: H100 SXM's
     (r"H200 NVL", (835.5, 835.5, 417.5, 60.0)),  # the same
     (r"B200", (2250.0, 2250.0, 1100.0, 75.0)),  # NVIDIA Blackwell datasheet (HGX B200), sparse halved
     (r"L4", (121.0, 121.0, 60.0, 30.3)),  # NVIDIA L4 datasheet, sparse figures halved
     (r"L40S", (362.05, 362.05, 183.0, 91.6)),  # NVIDIA L40S datasheet, dense column
+    (r"L40", (181.05, 181.05, 90.5, 90.5)),  # NVIDIA Ada GPU architecture white paper
+    (r"A30", (165.0, 165.0, 82.0, 10.3)),  # NVIDIA A30 datasheet
+    (r"A40", (149.7, 149.7, 74.8, 37.4)),  # NVIDIA A40 datasheet
     (r"A10", (125.0, 125.0, 62.5, 31.2)),  # NVIDIA A10 datasheet (the A10G is another device)
     (r"RTX A6000", (154.8, 154.8, 77.4, 38.7)),  # NVIDIA Ampere GA102 architecture white paper
     (r"GeForce RTX 4090", (165.2, 165.2, 82.6, 82.6)),  # NVIDIA Ada GPU architecture white paper
     (r"GeForce RTX 3090", (71.0, 71.0, 35.6, 35.6)),  # NVIDIA Ampere GA102 architecture white paper
     (r"AMD Instinct MI250X", (191.5, 191.5, _NO, 47.9)),  # AMD datasheet, halved: torch sees dies
-    (r"AMD Instinct MI300X( OAM)?", (1307.4, 1307.4, 653.7, 163.4)),  # AMD MI300X datasheet
+    (r"AMD Instinct MI210", (181.0, 181.0, _NO, 45.3)),  # AMD MI210 brochure
+    (r"AMD Instinct MI300A", (980.6, 980.6, 490.3, 122.6)),  # AMD MI300A datasheet
+    (r"AMD Instinct MI3(00X|25X)( OAM)?", (1307.4, 1307.4, 653.7, 163.4)),  # AMD MI300X and MI325X datasheets
 ]
 
 
@@ -88,6 +94,12 @@ def peak_flops(device: torch.device | str, precision: str) -> float | None:
     if torch.device(device).type != "cuda":
         return None
     return peak_by_name(torch.cuda.get_device_name(device), _arithmetic(precision))
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Let fp32 matmuls and convolutions run as TF32, or neither. (torch's default: only convolutions.)"""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def _arithmetic(precision: str) -> str:

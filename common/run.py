@@ -77,6 +77,7 @@ class Run:
         self.flops_per_unit = flops_per_unit
         self.replicas = replicas
         self.start_sum = start_sum
+        flops.allow_tf32(config.train.tf32)
         self.peak_flops = flops.peak_flops(ranks.device, config.train.precision) if flops_per_unit else None
 
         self.settings = to_dict(config)

@@ -260,3 +260,9 @@ def printed_of(folder, arguments, fingerprint="fingerprint"):
     with contextlib.redirect_stdout(printed):
         answer = begin_or_go_on(folder, arguments, fingerprint=fingerprint)
     return answer, printed.getvalue()
+
+
+def tf32(folder: str, more: list[str]) -> tuple[str, bool]:
+    """Whether matmuls and convolutions may run as TF32 once a run has begun."""
+    start(folder, *more)
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.flops import explain, flops_per_token, forward_flops, mfu, peak_by_name, peak_flops
+from common.flops import allow_tf32, explain, flops_per_token, forward_flops, mfu, peak_by_name, peak_flops
 from common.transformer import ModelConfig, Transformer
 
 SMALL = dict(vocabulary=101, width=36, layers=3, heads=6, ffn_width=50, max_sequence=64)
@@ -76,6 +76,11 @@ def test_forward_flops_of_a_convolutional_network():
         ("NVIDIA GeForce RTX 4090", "bf16", 165.2e12),
         ("NVIDIA GeForce RTX 3090 Ti", "bf16", None),
         ("AMD Instinct MI300X", "bf16", 1307.4e12),
+        ("AMD Instinct MI325X", "bf16", 1307.4e12),
+        ("AMD Instinct MI300A", "tf32", 490.3e12),
+        ("NVIDIA GH200 480GB", "bf16", 989.4e12),
+        ("NVIDIA A40", "bf16", 149.7e12),
+        ("NVIDIA L40", "bf16", 181.05e12),
         ("AMD Instinct MI250X", "fp16", 191.5e12),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", None),  # a seventh of the device
         ("NVIDIA H300", "bf16", None),
@@ -87,11 +92,13 @@ def test_peaks_are_known_by_the_exact_name(name, precision, expected):
 
 
 def test_fp32_means_tf32_where_torch_may_use_it(monkeypatch):
+    """Of matmuls and of convolutions alike: one peak stands for both."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA A100-SXM4-80GB")
-    assert peak_flops("cuda", "fp32") == 19.5e12
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert peak_flops("cuda", "fp32") == 156e12
-    assert peak_flops("cuda", "bf16") == 312e12
+    for allowed, peak in ((True, 156e12), (False, 19.5e12)):
+        allow_tf32(allowed)
+        assert peak_flops("cuda", "fp32") == peak
+        assert torch.backends.cudnn.allow_tf32 == allowed
+        assert peak_flops("cuda", "bf16") == 312e12
 
 
 def test_mfu():

@@ -156,6 +156,11 @@ def test_utilisation_in_the_record(group, tmp_path, flops, peak):
     assert record["mfu"] == (pytest.approx(each / peak) if peak else None)
 
 
+def test_tf32_is_what_the_setting_says(group, tmp_path):
+    assert group(1)(ON_RANKS.tf32, str(tmp_path / "a"), ["--train.tf32", "true"]) == [("high", True)]
+    assert group(1)(ON_RANKS.tf32, str(tmp_path / "b"), []) == [("highest", False)]
+
+
 def test_tensorboard_gets_the_curve(group, tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     group(1)(ON_RANKS.log_five_steps, str(tmp_path), None, None, ["--tensorboard", "true"])
