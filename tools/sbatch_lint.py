@@ -251,6 +251,20 @@ def meeting_point(job: Job) -> Problems:
             yield launch.line, f"the torchruns of {nodes} nodes have no common meeting point; {advice}"
 
 
+def torchrun_of_one_node(job: Job) -> Problems:
+    """Without srun a command runs on the job's first node alone."""
+    for launch in (each for each in job.launches if each.program == "torchrun" and each.srun is None):
+        wanted, nodes = launch.option("nnodes") or "1", job.number("nodes", launch)
+        several = re.fullmatch(r"[\"']?(?:\d+:)?([2-9]|[1-9]\d+)[\"']?", wanted) is not None
+        of_job = "$" in wanted and nodes not in (None, 1)
+        if several or of_job:
+            advice = "write srun --ntasks-per-node=1 --kill-on-bad-exit=1 torchrun …"
+            found = f"torchrun --nnodes={wanted} without srun runs on the first node alone, and waits for the others"
+            yield launch.line, f"{found}; {advice}"
+        elif isinstance(nodes, int) and nodes > 1:
+            yield launch.line, f"torchrun without srun uses one of {nodes} nodes; start it by srun, or ask for one node"
+
+
 def fixed_ports(job: Job) -> Problems:
     fixed = re.compile(r"(?:^|\s)(?:MASTER_PORT|--master[-_]port)[= ][1-9]\d*\b|--rdzv[-_]endpoint[= ]\S*:[1-9]\d*\b")
     for line, text, _ in job.commands if job.directive("exclusive") is None else []:
@@ -302,8 +316,8 @@ def job_environment(job: Job) -> Problems:
 CHECKS = (
     read_directives, first_line, shell_syntax, misspelt_directives, fused_directives, repeated_options,
     variables_in_directives, times, patterns, signals, requeue_appends, site_facts, srun_options,
-    files_and_arguments, kill_on_bad_exit, tasks_and_gpus, meeting_point, fixed_ports, hand_made_environment,
-    hidden_failures, cpus_of_steps, job_environment,
+    files_and_arguments, kill_on_bad_exit, tasks_and_gpus, meeting_point, torchrun_of_one_node, fixed_ports,
+    hand_made_environment, hidden_failures, cpus_of_steps, job_environment,
 )  # fmt: skip
 
 

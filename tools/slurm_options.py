@@ -36,6 +36,15 @@ FLAGS = {
     "quit-on-interrupt test-only unbuffered whole",
     "salloc": "bell no-bell no-shell",
 }
+# Of plug-ins that many sites have: Pyxis (https://github.com/NVIDIA/pyxis), the container engine and uenv of CSCS, and
+# the switch of NVIDIA's monitoring. Whole names only: which site has which is not known.
+PLUGINS = {
+    "value": "container-image container-mounts container-workdir container-name container-save container-env "
+    "environment uenv view",
+    "flag": "container-mount-home no-container-mount-home container-remap-root no-container-remap-root "
+    "container-entrypoint no-container-entrypoint container-entrypoint-log container-writable container-readonly "
+    "disable-dcgm",
+}
 SHORT = dict(
     A="account", a="array", B="extra-node-info", b="begin", C="constraint", c="cpus-per-task", D="chdir",
     d="dependency", E="preserve-env", e="error", F="nodefile", G="gpus", H="hold", h="help", I="immediate", i="input",
@@ -52,6 +61,12 @@ def known(program: str) -> dict[str, str]:
     """The long options of `program`, each with its kind: "value", "optional" or "flag"."""
     kinds = (("value", VALUES), ("optional", OPTIONAL_VALUES), ("flag", FLAGS))
     return {name: kind for kind, names in kinds for name in f"{names['all']} {names.get(program, '')}".split()}
+
+
+@cache
+def of_plugins() -> dict[str, str]:
+    """The options of plug-ins, each with its kind."""
+    return {name: kind for kind, names in PLUGINS.items() for name in names.split()}
 
 
 def take(program: str, words: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
@@ -77,7 +92,7 @@ def take(program: str, words: list[str]) -> tuple[list[tuple[str, str]], list[st
             while equals and known(program)[name] == "flag":  # -Qv is -Q -v
                 options.append((name, ""))
                 name, equals, value = _long_name(program, value[0]), value[1:], value[1:]
-        kind = known(program)[name]
+        kind = (known(program) | of_plugins())[name]
         if kind == "value" and not equals and rest and not rest[0].startswith("-"):
             equals = value = rest.pop(0)
         if (kind == "value" and not value) or value == "=":
@@ -90,12 +105,14 @@ def take(program: str, words: list[str]) -> tuple[list[tuple[str, str]], list[st
 
 def _full_name(program: str, given: str) -> str:
     names = known(program)
+    if given in of_plugins():
+        return given
     longer = [name for name in names if name.startswith(given)]
     if given in names or (given and len(longer) == 1):
         return given if given in names else longer[0]
     near = longer[:1] if given else []
-    near = difflib.get_close_matches(given, names, n=1) or near
-    advice = f"did you mean --{near[0]}?" if near else f"{program} --help lists them"
+    near = difflib.get_close_matches(given, [*names, *of_plugins()], n=1) or near
+    advice = f"did you mean --{near[0]}?" if near else f"{program} --help lists them, those of a site's plug-ins too"
     raise ValueError(f"{program} has no option --{given} that this check knows; {advice}")
 
 

@@ -106,6 +106,10 @@ COMMANDS = [  # (the file, the part of it that the report is about, what the rep
     (SOUND.replace("--gpus-per-node=2", "--gres=gpu:a100:4"), "srun", "=2, and the job has 4 GPU(s)"),
     (SOUND.replace("--gpus-per-node=2", "--gpus=16"), "srun", "=2, and the job has 8 GPU(s)"),
     (MINIMAL + "torchrun --standalone --nproc_per_node 4 ddp/train.py\n", "torchrun", "=4, and the job has 2 GPU(s)"),
+    (SOUND.replace("srun --kill-on-bad-exit=1 ", ""), "torchrun", "without srun runs on the first node alone"),
+    (MINIMAL + "torchrun --nnodes=2 ddp/train.py\n", "torchrun", "--nnodes=2 without srun runs on the first node"),
+    (MINIMAL + "torchrun --nnodes 1:4 ddp/train.py\n", "torchrun", "--nnodes=1:4 without srun runs on the first node"),
+    (MINIMAL.replace("nodes=1", "nodes=2") + "torchrun --standalone ddp/train.py\n", "torchrun", "uses one of 2 nodes"),
     (SOUND.replace("--ntasks-per-node=1", "--ntasks-per-node=2"), "srun", "2 torchruns on a node"),
     (SOUND.replace("--ntasks-per-node=1", "--ntasks=4").replace("torchrun", "python -m torch.distributed.run"),
      "srun", "2 torchruns on a node"),
@@ -192,6 +196,10 @@ GOOD = {
     "exported CPUs": SOUND.replace("source slurm/job_env.sh", "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"),
     "kill by environment": SOUND.replace("srun --kill-on-bad-exit=1", "export SLURM_KILL_BAD_EXIT=1\nsrun"),
     "another folder": SOUND.replace("\nsrun", "\ncd elsewhere || exit\nsrun").replace("ddp/train.py", "mine.py"),
+    "options of plug-ins": MINIMAL + "#SBATCH --environment=/opt/a.toml\n#SBATCH --disable-dcgm\n" + ONE_NODE.replace(
+        "srun", "srun --container-image=a#b:1 --container-mounts=/data:/data --no-container-mount-home"
+    ) + "\n",
+    "torchrun of one node": MINIMAL + "torchrun --nnodes=1 --nproc-per-node=2 ddp/train.py\n",
     "not bash": "#!/usr/bin/env python3\n#SBATCH --nodes=1\nif True:\n    print('a')\n",
 }  # fmt: skip
 
