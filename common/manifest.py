@@ -58,8 +58,12 @@ def claim(folder: Path) -> str:
         The attempt's name, for `commit`.
     """
     name = uuid.uuid4().hex[:12]
-    (folder / f"attempt-{name}.tmp").write_text(name)
-    (folder / f"attempt-{name}.tmp").replace(folder / "attempt")
+    temporary = folder / f"attempt-{name}.tmp"
+    try:
+        temporary.write_text(name)
+        temporary.replace(folder / "attempt")
+    finally:
+        temporary.unlink(missing_ok=True)  # where the disk is full, it is there and empty
     return name
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from ranks_on_ranks import ended, environment, here
 
 import common.run
+from common import checkpoint
 from common.config import Config, parse
 from common.optimizer import build_optimizer
 from common.run import Run
@@ -266,3 +267,30 @@ def tf32(folder: str, more: list[str]) -> tuple[str, bool]:
     """Whether matmuls and convolutions may run as TF32 once a run has begun."""
     start(folder, *more)
     return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+
+def committed_meanwhile(folder):
+    """An attempt before this one commits step 4 when this one has looked, and not loaded: (first step, weight)."""
+    config = parse(Config, ["--train.steps", "6", "--runs_dir", folder, "--run_name", "run"])
+    run = Run(config, here(), "test", units_per_step=10, fingerprint="fingerprint")
+    model = torch.nn.Linear(1, 1)
+    optimizer, weights = torch.optim.SGD(model.parameters(), lr=0.1), []
+    load = checkpoint.load
+
+    def load_slowly(start, *rest):
+        content = load(start, *rest)
+        if not weights:
+            weights.append(float(model.weight))
+            with torch.no_grad():
+                model.weight.fill_(7.0)
+            checkpoint.save(run.folder / "checkpoints", 4, model, optimizer, here())
+        return content
+
+    checkpoint.load = load_slowly
+    try:
+        run.restore(model, optimizer)
+    finally:
+        checkpoint.load = load
+    steps = [step for step in run.steps() if log(run, step) is None]
+    run.finish()
+    return steps, float(model.weight)

@@ -372,3 +372,9 @@ def test_the_first_ctrl_c_says_what_it_does_and_the_second_ends(tmp_path, alone,
     assert ended.returncode == code
     assert ended.stderr.count("SIGINT: this run saves a checkpoint and ends") == 1
     assert ("once more: it ends at once" in ended.stderr) == alone
+
+
+def test_what_the_attempt_before_commits_at_the_last_moment_counts(group, tmp_path):
+    """Its checkpoint is loaded instead, once it can commit no more: no step is done twice."""
+    begin_or_go_on(group, tmp_path, *NAMED, "2")
+    assert group(2)(ON_RANKS.committed_meanwhile, str(tmp_path)) == [([4, 5], 7.0)] * 2
