@@ -369,7 +369,12 @@ class Transformer(nn.Module):
                 parameter.copy_(initial_weight(name, parameter.shape, self.config, seed))
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compile each block in place, with torch.compile's options; parameter names stay as they are."""
+        """Compile each block in place, with torch.compile's options; parameter names stay as they are.
+
+        torch would cut the graphs of a DDP model at its buckets, so that gradients can leave during backward. Blocks
+        are small enough for that, and each is to stay one graph.
+        """
+        torch._dynamo.config.optimize_ddp = False
         for block in self.blocks.values():
             block.compile(**options)
 

@@ -189,3 +189,25 @@ def largest_gradient_difference(folder: str, wrong_on: int) -> float:
     _, _, difference = lesson.train(accumulate, [[(tokens, tokens)]], config, ranks, reference)
     ranks.leave()
     return difference
+
+
+def graphs_of_compiled_blocks() -> tuple[int, float]:
+    """Graphs that DDP's compiled blocks become, and the largest difference from the gradients of eager ones."""
+    import copy
+
+    import torch
+    from torch._dynamo.testing import CompileCounterWithBackend
+    from torch.nn.parallel import DistributedDataParallel
+
+    from common.transformer import ModelConfig, Transformer
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = Transformer(ModelConfig(width=192, ffn_width=512, layers=2)).double()  # DDP's first bucket ends within it
+    plain = copy.deepcopy(model)
+    model.compile_blocks(backend=counter)
+    tokens = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(torch.distributed.get_rank()))
+    for each in (model, plain):
+        DistributedDataParallel(each)(tokens, tokens).backward()
+    pairs = zip(model.parameters(), plain.parameters(), strict=True)
+    return counter.frame_count, max((a.grad - b.grad).abs().max().item() for a, b in pairs)

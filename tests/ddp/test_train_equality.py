@@ -121,3 +121,10 @@ def test_low_precision_trains(group, reference, tmp_path, precision):
 def test_accumulation_on_one_process_changes_nothing(reference):
     options = ["--train.precision", "fp64"]
     assert_same_training(reference(*options), reference(*options, "--batch.micro_size", "6"))
+
+
+def test_a_compiled_block_is_one_graph(group):
+    """torch's own optimization for DDP would cut it at the end of a bucket."""
+    for graphs, difference in group(2)(ON_RANKS.graphs_of_compiled_blocks):
+        assert graphs == 1  # both blocks have the same
+        assert difference < 1e-10  # sums of 32 tokens in another order
