@@ -206,7 +206,7 @@ def _build(config_class: type[ConfigT], values: dict[str, Any], prefix: str = ""
     return config_class(**given)
 
 
-def _resolve(config_class: type[ConfigT], given: list[tuple[str, str, Any]]) -> ConfigT:
+def resolve(config_class: type[ConfigT], given: list[tuple[str, str, Any]]) -> ConfigT:
     """Return the config of what is given as (source, key, value), the last of a key; what cannot work ends the program.
 
     A path that comes from the environment by default is expanded like one that is given.
@@ -253,7 +253,7 @@ def parse(config_class: type[ConfigT], arguments: list[str] | None = None) -> Co
             fail(f"{COMMAND_LINE}: --{key}: expected one argument")
     given = [(str(file), *pair) for flag, file in flags if flag == "config" for pair in _read_file(str(file)).items()]
     given += [(COMMAND_LINE, key, text or "") for key, text in flags if key not in ("config", "print_config")]
-    config = _resolve(config_class, given)
+    config = resolve(config_class, given)
     if "print_config" in dict(flags):
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
         raise SystemExit(0)
@@ -263,7 +263,7 @@ def parse(config_class: type[ConfigT], arguments: list[str] | None = None) -> Co
 
 def runs_dir() -> Path:
     """Return the folder for new runs: the variable RUNS_DIR, else runs. SystemExit: a variable in it is not set."""
-    return Path(_resolve(RunConfig, []).runs_dir)
+    return Path(resolve(RunConfig, []).runs_dir)
 
 
 def read_run_config(folder: Path) -> Config:
@@ -281,7 +281,7 @@ def read_run_config(folder: Path) -> Config:
     given = [(path, key, value) for key, value in _read_file(path).items() if key.startswith(wanted)]
     if unknown := {key for _, key, _ in given} - {*find_settings(Config), "model", "data", "batch"}:
         raise ValueError(f"{path}: {min(unknown)} is no setting of a transformer that trains on text")
-    return _resolve(Config, given)
+    return resolve(Config, given)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

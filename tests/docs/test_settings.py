@@ -11,8 +11,9 @@ import re
 
 from launching import ROOT
 
-from common.config import parse
+from common.config import resolve
 from common.config_fields import find_settings, type_hints
+from common.strict_files import yaml_value
 from planner.fake_ranks import loaded
 
 PARSED = re.compile(r"^    .*\bparse\((\w+)", re.MULTILINE)
@@ -37,14 +38,12 @@ def owner(config_class, key):
     return of.__module__, of.__qualname__, name
 
 
-def answer(config_class, key, text, file):
+def answer(config_class, key, value):
     """What the config has for a setting that a file gives; or the exit code and what is written on stderr."""
-    section, _, name = key.rpartition(".")
-    file.write_text(f"{section}: {{{name}: {text}}}\n" if section else f"{key}: {text}\n")
     error = io.StringIO()
     try:
         with contextlib.redirect_stderr(error):
-            found = parse(config_class, ["--config", str(file)])
+            found = resolve(config_class, [("c.yaml", key, value)])
     except SystemExit as ended:
         return None, (ended.code, error.getvalue())
     for part in key.split("."):
@@ -71,7 +70,8 @@ def problem(setting, key, text, found, refusal):
     return None if found == meant and type(found) is type(meant) else f"taken as {found!r}"
 
 
-def test_every_setting_of_every_script(tmp_path):
+def test_every_setting_of_every_script():
+    values = {text: yaml_value(text) for text in VALUES}
     seen, problems = set(), []
     for script in SCRIPTS:
         with loaded(script) as lesson:
@@ -80,8 +80,8 @@ def test_every_setting_of_every_script(tmp_path):
                 if (of := owner(config_class, key)) in seen:
                     continue
                 seen.add(of)
-                for text in VALUES:
-                    found, refusal = answer(config_class, key, text, tmp_path / "c.yaml")
+                for text, value in values.items():
+                    found, refusal = answer(config_class, key, value)
                     if wrong := problem(setting, key, text, found, refusal):
                         problems.append(f"{script.relative_to(ROOT)}: {key}: {text}: {wrong}")
     assert not problems, "\n".join(problems)
