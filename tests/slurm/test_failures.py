@@ -48,6 +48,20 @@ def test_killed_rank_fails_the_job(cluster):
 
 @pytest.mark.slow
 @pytest.mark.alone
+def test_killed_rank_is_restarted_from_the_checkpoint(cluster, undisturbed):
+    """RESTARTS=1: the job fails with progress, goes back into the queue by itself, and ends as if nothing had been."""
+    job = cluster.submit(*TRAINING, RESTARTS="1")
+    cluster.wait_for_text(job, r"step +100 ")
+    os.kill(cluster.pids("node2", r"-u ddp/train\.py")[0], signal.SIGKILL)
+    text = cluster.completed(job, timeout=400)
+    assert "[rank 0] error: lost rank 1 (node2, process " in text
+    assert "job_env: failed with code 1 after a new checkpoint: requeued, restart 1 of 1" in text
+    assert cluster.show(job)["Restarts"] == "1" and text.count("resumed from") == 1
+    assert_equal_runs(cluster.run_folder(job), undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.alone
 def test_killed_node_requeued_resumed(cluster, undisturbed):
     job = cluster.submit(*TRAINING)
     cluster.wait_for_text(job, r"step +150 ")
