@@ -93,7 +93,9 @@ def first_difference(starts: list[tuple[str, Facts]]) -> str | None:
     """Return one line about the first fact that differs. `starts`: host and facts of each rank."""
     names = dict.fromkeys(name for _, facts in starts for name in facts)
     values = {name: [facts.get(name, "absent") for _, facts in starts] for name in names}
-    different = [name for name in names if len(set(values[name])) > 1]
+    # A package that some ranks have not imported is no difference: what needs it may run on rank 0 alone.
+    ignored = {name: {"absent"} if name.startswith("version ") else set() for name in names}
+    different = [name for name in names if len(set(values[name]) - ignored[name]) > 1]
     if not different:
         return None
     name = different[0]

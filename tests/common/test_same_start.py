@@ -103,3 +103,7 @@ def test_many_ranks_are_named_in_one_line():
     )
     assert "absent on rank 1" in first_difference([("a", {"file x.py": "1"}), ("b", {})])
     assert first_difference(starts[:64]) is None
+    # What a package is needed for may run on rank 0 alone; two versions of it are a difference.
+    versions = [("a", {"version of x": "1"}), ("b", {}), ("c", {"version of x": "2"})]
+    assert first_difference(versions[:2]) is None
+    assert "version of x is 1 on rank 0" in first_difference(versions)
