@@ -51,7 +51,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 from common.ranks import Ranks, fail, join
-from common.run_folder import environment_record
+from common.runs.run_folder import environment_record
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "collectives"))  # a lesson is no package
 

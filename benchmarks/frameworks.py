@@ -34,9 +34,9 @@ from report import (
 )
 from tqdm import tqdm
 
-from common import records
 from common.config_fields import to_path
 from common.ranks import fail
+from common.runs import records
 
 # What is compared, the base first: name, and how it is started.
 ENTRIES: dict[str, list[str]] = {

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from common.loss import checkpointed_cross_entropy, chunked_cross_entropy
 from common.ranks import fail, single_process
-from common.run_folder import environment_record
+from common.runs.run_folder import environment_record
 
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Largest difference from `whole`, over the largest gradient: rounding of sums, and of 16-bit factors.

@@ -26,10 +26,10 @@ import torch.distributed.checkpoint as dcp
 from report import date, git_commit, write_json  # beside this file
 from tqdm import tqdm
 
-from common import manifest, records
-from common.checkpoint_reader import Reader
 from common.config_fields import to_path
 from common.ranks import fail
+from common.runs import manifest, records
+from common.runs.checkpoint_reader import Reader
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import manifest, records
 from common.ranks import fail
+from common.runs import manifest, records
 
 
 @dataclass(frozen=True)

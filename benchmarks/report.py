@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from common.ranks import Ranks, fail
-from common.run_folder import environment_record
+from common.runs.run_folder import environment_record
 
 
 def plural(count: int, noun: str) -> str:

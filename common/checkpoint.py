@@ -28,10 +28,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from common import manifest
-from common.checkpoint_reader import Planner, Reader
 from common.ranks import Ranks, fail
-from common.records import sync_folder
+from common.runs import manifest
+from common.runs.checkpoint_reader import Planner, Reader
+from common.runs.records import sync_folder
 
 
 @runtime_checkable

@@ -23,14 +23,14 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import yaml
 
-from common import same_start
 from common.config_fields import PathText, Setting, expand_path, find_settings, help_text, type_hints
 from common.data import TextConfig
 from common.data_sharding import BatchConfig
-from common.manifest import CheckpointConfig
+from common.launching import same_start
 from common.optimizer import OptimizerConfig
 from common.ranks import fail
-from common.records import read_settings
+from common.runs.manifest import CheckpointConfig
+from common.runs.records import read_settings
 from common.strict_files import read_json, read_yaml
 from common.transformer import ModelConfig
 

@@ -16,8 +16,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from common import same_start
 from common.config_fields import PathText
+from common.launching import same_start
 from common.ranks import fail
 from common.strict_files import read_json
 

@@ -1,6 +1,6 @@
 """Who am I, and which device is mine? Joining and leaving the process group under every launcher.
 
-`common.launch` reads what the launcher says; `join` starts the process group; `Ranks.leave` ends it.
+`common.launching.launch` reads what the launcher says; `join` starts the process group; `Ranks.leave` ends it.
 """
 
 import atexit
@@ -21,8 +21,8 @@ import torch.distributed as dist
 import torch.distributed.nn
 from tqdm import tqdm
 
-from common import lost_ranks, network, same_start
-from common.launch import LaunchInfo, allocated_gpus, fail, read_environment
+from common.launching import lost_ranks, network, same_start
+from common.launching.launch import LaunchInfo, allocated_gpus, fail, read_environment
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def join(
     Args:
         device: "auto", "cpu" or "cuda"; see `choose_device`.
         timeout_s: seconds after which a collective that a rank did not enter becomes an error.
-        network_profile: which variables `common.network` sets, unless the user did, before the group exists.
+        network_profile: which variables `common.launching.network` sets, unless the user did, before the group exists.
         compare: refuse ranks that were started differently.
 
     Raises:

@@ -22,12 +22,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common import ending, flops, lost_ranks, metrics, run_folder, same_start
+from common import flops
 from common.config import RunConfig, to_dict
 from common.data_sharding import derive_seed
+from common.launching import lost_ranks, same_start
 from common.ranks import Ranks, fail
 from common.replica_check import check_replicas
-from common.stopping import StopRequest
+from common.runs import ending, metrics, run_folder
+from common.runs.stopping import StopRequest
 
 if TYPE_CHECKING:
     from common.checkpoint import Model

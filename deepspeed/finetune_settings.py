@@ -14,9 +14,9 @@ from settings import export_local_rank
 from torch import nn
 
 from common.config_fields import PathText
-from common.manifest import checksum
 from common.ranks import Ranks, fail
-from common.records import write_whole
+from common.runs.manifest import checksum
+from common.runs.records import write_whole
 from finetuning.config import FinetuneConfig, FinetuneTrain
 from finetuning.models import random_model, read_model, require
 

@@ -32,13 +32,13 @@ from deepspeed.utils import safe_get_full_fp32_param
 from settings import start_deepspeed
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from common import records
 from common.config import parse, runs_dir, to_dict
 from common.config_fields import PathText, to_path
 from common.data import TextConfig, text_datasets
 from common.data_sharding import BatchConfig, BatchPlan, Loader
 from common.optimizer import OptimizerConfig, build_optimizer
 from common.ranks import Ranks, fail, join
+from common.runs import records
 from common.transformer import ModelConfig, Transformer, initial_weight
 
 

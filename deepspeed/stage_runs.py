@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil
 
-from common import records
 from common.ranks import fail
+from common.runs import records
 
 SCRIPT = Path(__file__).with_name("finetune.py")
 SECONDS_BETWEEN_SAMPLES = 0.25

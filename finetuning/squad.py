@@ -10,9 +10,9 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from common import same_start
 from common.config_fields import PathText
 from common.data import standard_library_files
+from common.launching import same_start
 from common.ranks import fail
 from common.strict_files import read_json
 

@@ -30,7 +30,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from common import checkpoint, manifest, records
+from common import checkpoint
 from common.config import parse, runs_dir, to_dict
 from common.config_fields import PathText, to_path
 from common.data_sharding import derive_seed
@@ -38,6 +38,7 @@ from common.hf_weights import save_hugging_face
 from common.meta_device import fill_shards
 from common.optimizer import build_optimizer
 from common.ranks import Ranks, fail, join, single_process
+from common.runs import manifest, records
 from common.transformer import ModelConfig, Transformer
 
 

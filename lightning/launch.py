@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from settings import LightningConfig
 
-from common import network
-from common.launch import whole_number
+from common.launching import network
+from common.launching.launch import whole_number
 from common.ranks import LaunchInfo, choose_device, fail, prepare_process_group, read_environment
 
 warnings.filterwarnings("ignore", ".*srun. command is available")  # `read_launch` knows better

@@ -10,8 +10,9 @@ import torch
 from torch.distributed import pipelining
 from torch.distributed.fsdp import FSDPModule
 
-from common import data_sharding, metrics, run, run_folder
+from common import data_sharding, run
 from common.ranks import Ranks, fail
+from common.runs import metrics, run_folder
 
 
 class FakeRanks(Ranks):

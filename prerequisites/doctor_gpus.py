@@ -75,7 +75,7 @@ def judge_gpus(torch: dict, smi: str | None, environment: dict[str, str]) -> lis
             return [warning("gpus", found, "ranks wait for the slowest GPU; ask for equal ones")]
         return [ok("gpus", found)]
 
-    from common.launch import allocated_gpus  # not above: an old Python shall be told that it is too old
+    from common.launching.launch import allocated_gpus  # not above: an old Python shall be told that it is too old
 
     allocated = allocated_gpus(environment)
     shown = " ".join(f"{name}={value}" for name, value in allocated.items())

@@ -29,7 +29,7 @@ def check_network() -> list[Result]:
     """Interfaces, what the variables say of them, and what the host name resolves to."""
     import psutil
 
-    from common import network
+    from common.launching import network
 
     families = (socket.AF_INET, socket.AF_INET6)
     shown = []

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 
-from common import checkpoint, manifest
+from common import checkpoint
 from common.config import read_run_config
 from common.data import text_datasets
 from common.data_sharding import evaluation_batches
 from common.loss import count_valid
 from common.ranks import fail, single_process
+from common.runs import manifest
 from common.transformer import Transformer
 
 

@@ -3,7 +3,7 @@
     python slurm/network.py --profile infiniband --explain    # a table: every variable and its reason
     eval "$(python slurm/network.py --profile infiniband)"    # set it in this shell
 
-The profiles are those of `common/network.py`, which every script applies by itself.
+The profiles are those of `common/launching/network.py`, which every script applies by itself.
 """
 
 import argparse
@@ -15,8 +15,8 @@ import textwrap
 from collections.abc import Mapping
 from itertools import zip_longest
 
-from common import network
-from common.network import Variable
+from common.launching import network
+from common.launching.network import Variable
 
 LEFT_ALONE = (  # what guides set, and no profile here does
     Variable("NCCL_SOCKET_IFNAME", "", "interfaces for TCP and NCCL's start-up: prefixes; ^ excludes, = is exact",

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from common import records
+from common.runs import records
 
 
 def fail(message: str) -> NoReturn:

@@ -16,8 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 from common.config_fields import to_path
-from common.manifest import sync_folder
 from common.ranks import fail
+from common.runs.manifest import sync_folder
 
 FILES = ("meta.json", "train.bin", "validation.bin")
 

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from common import same_start
 from common.config_fields import PathText
+from common.launching import same_start
 from common.ranks import fail
 
 

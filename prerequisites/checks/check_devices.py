@@ -17,7 +17,7 @@ import torch.distributed as dist
 from reporting import Result, count, finish, ok, problem
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from common.launch import allocated_gpus
+from common.launching.launch import allocated_gpus
 from common.ranks import Ranks, fail, join
 
 SIDE = 1024

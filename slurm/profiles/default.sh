@@ -6,6 +6,6 @@ ACCOUNT=${ACCOUNT:-}                 # yours; empty: the site's default
 CONSTRAINT=                          # node features
 QOS=
 MODULES=()                           # loaded in the job, in this order
-NETWORK_PROFILE=default              # of common/network.py
+NETWORK_PROFILE=default              # of common/launching/network.py
 LOCAL_STORAGE=                       # node-local, where an environment may be staged; empty: nowhere
 CACHE=                               # shared and large: Hugging Face, torch, …; empty: where they put it themselves

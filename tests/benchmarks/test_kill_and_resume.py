@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from equality import read_checkpoint
 from launching import ROOT, SCRIPTS, run_command
 
-from common import manifest
+from common.runs import manifest
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import kill_and_resume

@@ -9,7 +9,8 @@ import torch
 from ranks_on_ranks import ended, here
 from torch.nn.parallel import DistributedDataParallel
 
-from common import checkpoint, manifest
+from common import checkpoint
+from common.runs import manifest
 
 
 def build(width=8, bias=True, optimizer="AdamW", wrap="plain", seed=0):

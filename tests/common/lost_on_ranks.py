@@ -5,7 +5,7 @@ import torch.distributed as dist
 from ended_together import wait_for_all
 from rank_worker import starts_its_own_group
 
-from common import lost_ranks
+from common.launching import lost_ranks
 from common.ranks import join
 
 

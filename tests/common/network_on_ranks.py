@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from rank_worker import starts_its_own_group
 
-from common import network
+from common.launching import network
 
 
 @starts_its_own_group

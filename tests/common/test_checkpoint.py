@@ -6,7 +6,7 @@ import shutil
 import pytest
 from launching import OnRanks, assert_refused
 
-from common import manifest
+from common.runs import manifest
 
 ON_RANKS = OnRanks("tests/common/checkpoint_on_ranks.py")
 

@@ -6,7 +6,7 @@ from io import StringIO
 import pytest
 from launchers import MPIEXEC, MPIRUN, SRUN, TORCHRUN
 
-from common import launch
+from common.launching import launch
 
 PALS = {"PMI_RANK": "0", "PMI_SIZE": "2", "PMI_LOCAL_RANK": "0", "PMI_LOCAL_SIZE": "2"}
 WHERE = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}

@@ -7,7 +7,7 @@ import pytest
 from equality import SMALL
 from launching import ROOT, OnRanks
 
-from common import lost_ranks
+from common.launching import lost_ranks
 
 ON_RANKS = OnRanks("tests/common/lost_on_ranks.py")
 

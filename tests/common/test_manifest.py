@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 
-from common import manifest
-from common.checkpoint_reader import Reader
+from common.runs import manifest
+from common.runs.checkpoint_reader import Reader
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # as is meant
 

@@ -1,4 +1,4 @@
-"""common/network.py: what each profile sets, what it leaves alone, and what it refuses."""
+"""common/launching/network.py: what each profile sets, what it leaves alone, and what it refuses."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from launching import Group, OnRanks
 
-from common import network
+from common.launching import network
 from slurm.network import LEFT_ALONE, PREFIXES
 
 ON_RANKS = OnRanks("tests/common/network_on_ranks.py")

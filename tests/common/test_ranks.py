@@ -7,7 +7,8 @@ import pytest
 from launchers import MPIEXEC, MPIRUN, SRUN, TORCHRUN
 from launching import SCRIPTS, OnRanks, free_port
 
-from common import launch, ranks
+from common import ranks
+from common.launching import launch
 from common.ranks import LaunchInfo, choose_device, read_environment
 
 ON_RANKS = OnRanks("tests/common/ranks_on_ranks.py")

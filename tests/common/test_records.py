@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from common import records
+from common.runs import records
 
 ROW, EVALUATED = {"step": 0, "loss": 1.5, "lr": 0.1}, {"step": 1, "val_loss": 2.5}
 

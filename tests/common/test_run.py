@@ -11,7 +11,7 @@ import pytest
 import yaml
 from launching import ROOT, OnRanks, assert_refused
 
-from common import manifest, records
+from common.runs import manifest, records
 
 ON_RANKS = OnRanks("tests/common/run_on_ranks.py")
 
@@ -363,7 +363,7 @@ def test_the_first_ctrl_c_says_what_it_does_and_the_second_ends(tmp_path, alone,
     """In one process; under a launcher, which passes each on to its ranks a second time, it does not."""
     program = (
         "import os, pathlib, signal\n"
-        "from common.stopping import StopRequest\n"
+        "from common.runs.stopping import StopRequest\n"
         f"wish = StopRequest(pathlib.Path({str(tmp_path)!r}), True, alone={alone})\n"
         f"for _ in range({times}): os.kill(os.getpid(), signal.SIGINT)\n"
         "assert wish.is_set()\n"

@@ -6,9 +6,9 @@ import shutil
 import pytest
 from launching import ROOT, SCRIPTS, assert_refused
 
-from common import same_start
 from common.config import Config, parse
-from common.same_start import first_difference
+from common.launching import same_start
+from common.launching.same_start import first_difference
 
 SHORT = ["--train.steps", "2", "--data.validation_samples", "4", "--timeout_s", "20"]
 

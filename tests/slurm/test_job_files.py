@@ -12,7 +12,7 @@ import pytest
 from fake_slurm import OPTION, FakeSlurm, job_files
 from launching import ROOT
 
-from common.launch import fail
+from common.launching.launch import fail
 
 # A rank that trains until it is asked to stop, then saves.
 UNTIL_ASKED = 'until [[ -e $STOP_FILE ]]; do sleep 0.02; done; echo "saved"'

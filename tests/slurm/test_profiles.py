@@ -5,7 +5,7 @@ import subprocess
 import pytest
 from launching import ROOT, clean_environment
 
-from common import network
+from common.launching import network
 
 PROFILES = sorted(path.stem for path in (ROOT / "slurm" / "profiles").glob("*.sh"))
 

@@ -15,7 +15,7 @@ PRELOAD = [
     "torch.distributed.tensor.debug", "torch.distributed.elastic.multiprocessing.errors",
     "matplotlib.figure", "matplotlib.backends.backend_agg", "yaml", "tqdm", "sklearn.datasets",
     "common.run", "common.data", "common.transformer", "common.optimizer", "common.loss", "common.checkpoint",
-    "common.data_sharding", "common.config", "common.flops", "common.network",
+    "common.data_sharding", "common.config", "common.flops", "common.launching.network",
     "equality", "own_folder",
 ]  # fmt: skip
 # Imported too for the tests of a folder: slow imports that only its scripts need.

@@ -4,7 +4,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from common import metrics, records, run_folder
+from common.runs import metrics, records, run_folder
 
 if TYPE_CHECKING:
     from common.run import Run

@@ -19,7 +19,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from common.records import sync_folder
+from common.runs.records import sync_folder
 from common.strict_files import read_json
 
 

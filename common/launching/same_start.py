@@ -57,9 +57,10 @@ def at_start(device: torch.device) -> Facts:
 def of_code() -> Facts:
     """Return a digest of each Python file of the script's folder, of `common/`, and of other packages of the checkout
     that are imported."""
-    common = Path(__file__).parent
+    common = Path(__file__).parents[1]
     packages = [common.parent / name for name in ("finetuning", "vision") if name in sys.modules]
-    folders = dict.fromkeys([Path(sys.argv[0]).resolve().parent, common, *packages])
+    script = Path(sys.argv[0]).resolve()
+    folders = dict.fromkeys([script.parent, common, common / "launching", common / "runs", *packages])
     files = [file for folder in folders for file in sorted(folder.glob("[!.]*.py"))]
     return {f"file {file.parent.name}/{file.name}": __digest_of(file) for file in files}
 

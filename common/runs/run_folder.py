@@ -19,7 +19,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from common import manifest, records
+from common.runs import manifest, records
 
 if TYPE_CHECKING:
     from common.config import RunConfig

@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from common.launch import fail
+from common.launching.launch import fail
 
 PATIENCE_S = 3.0  # all ranks wait for the missing one, and give it up within a second or two
 _LOST = re.compile(  # of Gloo and NCCL; whatever else a backend says is no other rank's doing
@@ -131,7 +131,7 @@ def _leave(gone: set[int]) -> None:
 
 def _place(error: BaseException) -> str:
     """The collective, the step, and the line of this project from which an exception came."""
-    root = f"{Path(__file__).parents[1]}{os.sep}"
+    root = f"{Path(__file__).parents[2]}{os.sep}"
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if f.filename.startswith(root) and "site-packages" not in f.filename]
     calls = [f.name for f in frames if f.filename.endswith("distributed_c10d.py") and f.name != "wrapper"]

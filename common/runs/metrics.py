@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from common.records import Row, read_rows, write_whole
+from common.runs.records import Row, read_rows, write_whole
 
 if TYPE_CHECKING:
     from common.config import RunConfig

@@ -1,4 +1,4 @@
-"""When to stop: signals and stop files. Each rank asks for itself; `common/metrics.py` makes the ranks agree."""
+"""When to stop: signals and stop files. Each rank asks for itself; `common/runs/metrics.py` makes the ranks agree."""
 
 import os
 import signal
