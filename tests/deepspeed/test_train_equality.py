@@ -172,14 +172,16 @@ def test_bytes_per_rank(group, tmp_path, ranks, stage):
     }
 
 
+LARGE = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+
+
 @pytest.mark.parametrize(("config", "zero", "expected"), [
     ("zero0", {}, {"allreduce": (1, 1)}),
     ("zero1", {}, {"allreduce": (1, 1), "allgather_base": (1, 1)}),
     ("zero2", {}, {"allreduce": (1, 2), "allgather_base": (1, 1)}),
     ("zero3", {}, {"reduce_scatter_base": (1, 2), "allgather_base": (1, 2)}),
     # As for a model of more parameters than may stay whole: gathered for the forward, and for the backward again.
-    ("zero3", {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0},
-     {"reduce_scatter_base": (1, 2), "allgather_base": (2, 4)}),
+    ("zero3", LARGE, {"reduce_scatter_base": (1, 2), "allgather_base": (2, 4)}),
 ], ids=["0", "1", "2", "3", "3-large"])  # fmt: skip
 def test_what_a_step_sends(group, tmp_path, config, zero, expected):
     """How often all parameters (or gradients) go through a collective, with one micro-batch and with two."""
@@ -195,6 +197,16 @@ def test_what_a_step_sends(group, tmp_path, config, zero, expected):
             assert found.keys() == expected.keys()
             for kind, times in expected.items():
                 assert 0 <= found[kind] - times[accumulation - 1] * WHOLE <= 100, (kind, found[kind] / WHOLE)
+
+
+def test_an_evaluation_of_unequal_parts(group, single_device, tmp_path):
+    """25 samples on 3 ranks are 2, 1 and 1 batches of 8; where every forward gathers, a rank may not be missing."""
+    settings = json.loads((ROOT / "deepspeed" / "configs" / "zero3.json").read_text())
+    settings["zero_optimization"] |= LARGE
+    (tmp_path / "zero.json").write_text(json.dumps(settings))
+    more = ["--train.steps", "1", *accumulate(3, 2), "--deepspeed_config", str(tmp_path / "zero.json")]
+    group(3)(ON_RANKS.train, SCRIPT, arguments(tmp_path, "zero3", *more))
+    assert_same_rows(single_device(*BASE, "--train.steps", "1"), tmp_path / "many", 1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------ resume

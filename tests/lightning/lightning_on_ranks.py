@@ -121,7 +121,8 @@ def counted(arguments: list[str]) -> list[tuple[int, list[int], int]]:
         return forward(self, inputs, *rest)
 
     def noted_step(self, epoch, batch_idx, optimizer, closure):
-        before = self.trainer.global_step
+        before, accumulation = self.trainer.global_step, self.trainer.accumulate_grad_batches
+        assert self.trainer.fit_loop.total_batch_idx + 1 == (before + 1) * accumulation
         step(self, epoch, batch_idx, optimizer, closure)  # forward and backward of the last micro-batch are in here
         seen.append((before, list(samples), tokens[0]))
         samples.clear()

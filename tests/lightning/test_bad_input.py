@@ -170,11 +170,11 @@ ALL_SCRIPTS = [SCRIPT, "lightning/fabric_loop.py", "lightning/train_vision.py"]
     ([], 1), (["--config", "other.json"], 2), (["--seed", "3"], 3), (["--config=other.json", "--seed=3"], 3),
 ])  # fmt: skip
 def test_which_settings_win(monkeypatch, tmp_path, script, arguments, seed):
-    """--config beats CONFIG_FILE, and the command line beats both."""
+    """--config beats CONFIG_FILE, which need not even be there then; the command line beats both."""
     monkeypatch.chdir(tmp_path)
     for name, value in (("file.json", 1), ("other.json", 2)):
         (tmp_path / name).write_text(json.dumps({"seed": value}))
-    monkeypatch.setenv("CONFIG_FILE", "file.json")
+    monkeypatch.setenv("CONFIG_FILE", "gone.json" if "--config" in " ".join(arguments) else "file.json")
     monkeypatch.setattr("sys.argv", [script, *arguments])
     found, parse = [], config.parse
 
