@@ -137,16 +137,18 @@ def drawn(script: str, arguments: list[str]) -> list[int]:
 
 @starts_its_own_group
 def ends_with_another_head(script: str, arguments: list[str], rank: int, added: float) -> tuple[int, str]:
-    """Run inference.py, where the engine of one rank has a head that differs from the model's by a number."""
+    """Run inference.py, where the engine of one rank, and of no other, gives another logit."""
     import deepspeed
 
     make = deepspeed.init_inference
 
+    def wrong(logits):
+        logits[..., 7] += added
+
     def make_wrong(*given, **named):
         engine = make(*given, **named)
         if int(os.environ["RANK"]) == rank:
-            with torch.no_grad():
-                engine.module.lm_head.weight[7] += added
+            engine.module.register_forward_hook(lambda module, given, output: wrong(output.logits))
         return engine
 
     deepspeed.init_inference = make_wrong
