@@ -93,12 +93,8 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        """Multiply what the forward kept by `scale`, in its precision: a gradient scaler's 65 536 is none of fp16.
-
-        In place, because the weight's gradient may take gigabytes: a second backward through the same graph ends with
-        torch's error about a tensor that was modified.
-        """
-        gradients = (kept.to(scale.dtype).mul_(scale) for kept in ctx.saved_tensors)
+        """Multiply what the forward kept by `scale`, in its precision: a gradient scaler's 65 536 is none of fp16."""
+        gradients = (kept.to(scale.dtype) * scale for kept in ctx.saved_tensors)
         return *(gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)), *[None] * 5
 
 

@@ -65,6 +65,8 @@ MODELS: dict[str, Any] = {
     "tensorboard": TensorBoardConfig, "wandb": WandbConfig, "csv_monitor": CSVConfig, "comet": CometConfig,
     "comms_logger": CommsLoggerConfig, "compile": CompileConfig, "timers": None,
 }  # fmt: skip
+# Other ways to train: a file may have them switched off.
+OFF = ("autotuning", "curriculum_learning", "data_efficiency", "elasticity", "pipeline")
 OFFLOAD = {"optimizer": DeepSpeedZeroOffloadOptimizerConfig, "param": DeepSpeedZeroOffloadParamConfig}
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 # These train something else than the settings say, or than the other lessons do: they stay at DeepSpeed's default.
@@ -92,7 +94,9 @@ def read(path: Path) -> dict[str, Any]:
     for key, value in settings.items():
         if key in ("optimizer", "scheduler"):
             fail(f"{path}: {key} is set by optimizer.* here; take it out of the file")
-        if key not in TOP.keys() | sections:
+        if key in OFF and value not in ({}, {"enabled": False}):
+            fail(f'{path}: {key} = {json.dumps(value)} takes no part here; expected {{"enabled": false}}')
+        if key not in TOP.keys() | sections | set(OFF):
             _unknown(path, key, TOP.keys() | sections)
         if key in sections and not isinstance(value, dict):
             fail(f"{path}: {key} = {json.dumps(value)}; expected an object")

@@ -37,7 +37,7 @@ CASES = [
     ({"comms_logger": {"prof_ops": "all"}}, "comms_logger.prof_ops: Input should be a valid list"),
     ({"steps_per_print": 0}, "steps_per_print = 0; expected a whole number from 1 on"),
     ({"wall_clock_breakdown": "yes"}, 'wall_clock_breakdown = "yes"; expected true or false'),
-    ({"data_efficiency": {}}, "unknown key data_efficiency"),
+    ({"data_efficiency": {"enabled": True}}, 'data_efficiency = {"enabled": true} takes no part here'),
     # numbers, true and false as text
     ({"train_batch_size": "24"}, 'train_batch_size = "24" is text; write 24, without quotes'),
     ({"bf16": {"enabled": "false"}}, 'bf16.enabled = "false" is text; write false, without quotes'),

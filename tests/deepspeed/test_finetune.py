@@ -351,7 +351,7 @@ def test_bad_settings(group, places, tmp_path):
     (tmp_path / "typo.json").write_text(json.dumps(good | {"zero_optimisation": {}}))
     for given, words in [
         (["--deepspeed_config", "missing.json"], "missing.json: No such file"),
-        (["--deepspeed_config", str(tmp_path / "text.json")], "text.json is not valid JSON"),
+        (["--deepspeed_config", str(tmp_path / "text.json")], "text.json: not valid JSON"),
         (["--deepspeed_config", str(tmp_path / "list.json")], "list.json holds a list"),
         (["--deepspeed_config", str(tmp_path / "batch.json")], "train_batch_size = 64, but the settings give 48"),
         (["--deepspeed_config", str(tmp_path / "clip.json")], "gradient_clipping = 0.5, but the settings give"),

@@ -89,7 +89,7 @@ def test_weights_of_transformers(answer, tmp_path):
     (["--tokens", "1000"], "the model takes 128"),
     (["--tokens", "0"], "tokens = 0 cannot work"),
     (["--weights", "no/such/folder"], "no/such/folder/config.json does not exist"),
-    (["--prompt", ""], "prompt is empty"),
+    (["--prompt", ""], 'prompt = "" has the wrong type or value (it is empty)'),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
 def test_bad_input(group, options, words):
     assert_refused(group(2)(ON_RANKS.ends, SCRIPT, [*SMALL, *options]), words)

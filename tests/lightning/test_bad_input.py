@@ -75,6 +75,11 @@ TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE
 CHILD = {"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "20001"}
 
 
+def asked(devices):
+    """Of the settings, those that a launch depends on."""
+    return SimpleNamespace(device="auto", devices=devices, network_profile="default", timeout_s=60.0)
+
+
 @pytest.mark.parametrize(("environment", "devices", "strategy", "words"), [
     (JOB, None, "ddp", "plain python in Slurm job 7"),
     (STEP, 4, "ddp", "devices = 4, but srun started 2 process(es) on each node; make --ntasks-per-node equal"),
@@ -94,7 +99,7 @@ def test_launcher_and_settings_contradict(launches, monkeypatch, capsys, environ
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as ended:
-        launches.read_launch(SimpleNamespace(device="auto", devices=devices, network_profile="default"), strategy)
+        launches.read_launch(asked(devices), strategy)
     assert ended.value.code == 2
     assert words in capsys.readouterr().err
 
@@ -113,7 +118,7 @@ def test_launchers_are_understood(launches, monkeypatch, environment, devices, e
         monkeypatch.setenv(name, value)
     at_the_end = []
     monkeypatch.setattr("atexit.register", at_the_end.append)
-    config = SimpleNamespace(device="auto", devices=devices, network_profile="default")
+    config = asked(devices)
     assert launches.read_launch(config, "ddp") == expected
     assert gc.collect in at_the_end  # circles around the process group are freed before Python ends
 
@@ -133,7 +138,7 @@ def test_as_many_processes_as_gpus(launches, monkeypatch, capsys, environment, d
     monkeypatch.setattr(launches.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(launches.torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(launches.torch.cuda, "set_device", lambda index: None)
-    config = SimpleNamespace(device="auto", devices=devices, network_profile="default")
+    config = asked(devices)
     if words is None:
         assert launches.read_launch(config, "ddp").device_type == "cuda"
         return

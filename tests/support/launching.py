@@ -23,7 +23,8 @@ sys.path.append(str(ROOT / "tools"))
 from processes import kill_tree  # noqa: E402  (needs the path above; tests import it from here)
 
 TIMEOUT_S = float(os.environ.get("GROUP_TIMEOUT_S", "120"))  # generous: a busy machine is not a hang
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DEVICE")
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DEVICE",
+                      "TORCHELASTIC_USE_AGENT_STORE")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,8 @@ def of_steps(script: str, arguments: list[str]) -> list[list[Message]]:
 
     yield_steps = Run.steps
 
-    def steps_from_here(self):
-        for step in yield_steps(self):
+    def steps_from_here(self, *validate):
+        for step in yield_steps(self, *validate):
             traffic.messages.clear()
             yield step
 
