@@ -22,7 +22,7 @@ import torch.distributed.nn
 from tqdm import tqdm
 
 from common.launching import lost_ranks, network, same_start
-from common.launching.launch import LaunchInfo, allocated_gpus, fail, read_environment
+from common.launching.launch import LaunchInfo, allocated_gpus, fail, read_environment, unused_gpus
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,14 @@ class Ranks:
 
 def choose_device(wanted: str, launch: LaunchInfo) -> torch.device:
     """Choose this rank's device: `cuda:local_rank`, or `cuda:0` where the launcher shows each task one GPU, or the CPU.
+    With NCCL_MULTI_RANK_GPU_ENABLE=1 ranks share GPUs: NCCL 2.30 and newer allow it when that variable is set.
 
     Args:
         wanted: "auto", "cpu" or "cuda". Under "auto" the variable DEVICE, set by a cluster profile, decides first;
             otherwise CUDA where there is any.
 
     Raises:
-        SystemExit: (exit code 2) there is no GPU for this rank, or GPUs were allocated that CUDA cannot use. A silent
+        SystemExit: (exit code 2) there is no GPU for this rank, or there are GPUs that CUDA cannot use. A silent
             fall-back to the CPU would hide the fault.
     """
     if wanted == "auto":
@@ -139,15 +140,21 @@ def choose_device(wanted: str, launch: LaunchInfo) -> torch.device:
             )
         if wanted == "cuda":
             fail("device=cuda was asked for but CUDA finds no GPU; check nvidia-smi, or use --device cpu")
+        if idle := unused_gpus(os.environ):
+            fail(
+                f"the driver shows {idle} GPU(s) but CUDA finds none: a driver too old for CUDA {torch.version.cuda} or "
+                "a container without its GPUs; run make doctor, or set DEVICE=cpu to compute on the CPU"
+            )
         return torch.device("cpu")
-    if launch.local_rank < gpus:
-        index = launch.local_rank
+    if launch.local_rank < gpus or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE", "0") != "0":
+        index = launch.local_rank % gpus
     elif gpus == 1 and launch.launcher != "torchrun":
         index = 0  # --gpus-per-task and its like: every task sees its own GPU as number 0
     else:
         fail(
             f"local rank {launch.local_rank} has no GPU: {launch.local_world_size} processes, {gpus} visible GPU(s) on "
-            f"this node; start one process per GPU, or use --device cpu"
+            f"this node; start one process per GPU, or set DEVICE=cpu, or let ranks share a GPU: "
+            f"NCCL_MULTI_RANK_GPU_ENABLE=1, with NCCL 2.30 or newer"
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)

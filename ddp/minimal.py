@@ -22,7 +22,7 @@ EPOCHS, GLOBAL_BATCH = 10, 48
 # 1. Every process is told by torchrun who it is, and joins the others.
 if "RANK" not in os.environ:
     sys.exit("error: no RANK in the environment; start me with: torchrun --nproc-per-node=2 ddp/minimal.py")
-use_cuda = torch.cuda.is_available()
+use_cuda = torch.cuda.is_available() and os.environ.get("DEVICE") != "cpu"
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if use_cuda else torch.device("cpu")
 if use_cuda:
     torch.cuda.set_device(device)

@@ -138,14 +138,29 @@ def _block(path: Path, line: int, kind: str, text: str, script: str, where: str)
     return Block(path, line, kind, script, timeout_s, exit_code, expect, "slow" in options, "cluster" in options)
 
 
-def environment(runs_dir: Path | str) -> dict[str, str]:
-    """The environment of a README command: our Python first, one thread a rank, its own run folder.
+RANKS = re.compile(r"(?:nproc[-_]per[-_]node|NPROC|--devices|ntasks(?:[-_]per[-_]node)?| -np?)[= ](\d+)")
+
+
+def gpus() -> int:
+    """How many GPUs a command can use here; torch is imported only where the driver shows one."""
+    if not Path("/proc/driver/nvidia/gpus").is_dir():
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def environment(runs_dir: Path | str, script: str = "") -> dict[str, str]:
+    """The environment of a README command: our Python first, one thread a rank, its own run folder, and the CPU if
+    `script` starts more ranks than there are GPUs (DEVICE, where it is set, decides).
 
     What a surrounding launcher or make has left there would reach the command, and is taken out.
     """
     foreign = re.compile(r"(SLURM|OMPI|PMIX?|TORCHELASTIC)_.*|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)")
     of_make = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
     kept = {k: v for k, v in os.environ.items() if not foreign.fullmatch(k) and k not in of_make}
+    if 0 < gpus() < max(map(int, RANKS.findall(script)), default=1):
+        kept.setdefault("DEVICE", "cpu")
     return {
         **kept,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -173,7 +188,7 @@ def execute(
     With `cluster`, it runs on the login node of the Slurm cluster that is up (CLUSTER_NAME says which, if several
     are); what its jobs print follows its own output, and a job that is not COMPLETED at the end makes it fail.
     """
-    env = environment(runs_dir)
+    env = environment(runs_dir, script)
     if not cluster:
         return processes.run(["bash", "-c", f"set -euo pipefail\n{script}"], timeout_s, root, env)
     env |= {"SBATCH_OUTPUT": f"{runs_dir}/slurm-%x-%j.out", "VENV": sys.prefix}

@@ -16,6 +16,7 @@ import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -63,6 +64,13 @@ def allocated_gpus(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that name GPUs given to this process. -1 hides all, and so does Slurm's NoDevFiles."""
     names = {name: environment.get(name, "").strip() for name in ("SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES")}
     return {name: value for name, value in names.items() if re.match(r"\d|GPU-|MIG-", value)}
+
+
+def unused_gpus(environment: Mapping[str, str], driver: Path = Path("/proc/driver/nvidia/gpus")) -> int:
+    """Return how many GPUs the NVIDIA driver shows, 0 where they may be another's: in a Slurm job, or hidden by
+    CUDA_VISIBLE_DEVICES."""
+    hidden = {"CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID"} & environment.keys()
+    return 0 if hidden or not driver.is_dir() else len(list(driver.iterdir()))
 
 
 def _require(environment: Mapping[str, str], names: tuple[str, ...], launcher: str) -> list[str]:

@@ -9,6 +9,7 @@ from launching import SCRIPTS, OnRanks, free_port
 
 from common import ranks
 from common.launching import launch
+from common.launching.launch import unused_gpus
 from common.ranks import LaunchInfo, choose_device, read_environment
 
 ON_RANKS = OnRanks("tests/common/ranks_on_ranks.py")
@@ -142,20 +143,23 @@ class FakeCuda:
         self.current = index
 
 
-@pytest.mark.parametrize(("gpus", "place", "index"), [
-    (4, LaunchInfo(6, 8, 2, 4, "torchrun"), 2),
-    (1, LaunchInfo(6, 8, 2, 4, "srun"), 0),  # --gpus-per-task=1: each task sees its own GPU as number 0
-    (1, LaunchInfo(0, 1, 0, 1, "python"), 0),
+@pytest.mark.parametrize(("gpus", "place", "shared", "index"), [
+    (4, LaunchInfo(6, 8, 2, 4, "torchrun"), "0", 2),
+    (1, LaunchInfo(6, 8, 2, 4, "srun"), "0", 0),  # --gpus-per-task=1: each task sees its own GPU as number 0
+    (1, LaunchInfo(0, 1, 0, 1, "python"), "0", 0),
+    (1, LaunchInfo(2, 3, 2, 3, "torchrun"), "1", 0),
+    (2, LaunchInfo(3, 4, 3, 4, "torchrun"), "1", 1),
 ])  # fmt: skip
-def test_which_gpu(monkeypatch, gpus, place, index):
+def test_which_gpu(monkeypatch, gpus, place, shared, index):
     monkeypatch.delenv("DEVICE", raising=False)
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", shared)
     cuda = FakeCuda(gpus)
     monkeypatch.setattr(ranks.torch, "cuda", cuda)
     assert choose_device("auto", place).index == index == cuda.current
 
 
 @pytest.mark.parametrize(("wanted", "gpus", "place", "environment", "words"), [
-    ("auto", 1, LaunchInfo(1, 2, 1, 2, "torchrun"), {}, ["local rank 1", "1 visible GPU"]),
+    ("auto", 1, LaunchInfo(1, 2, 1, 2, "torchrun"), {}, ["local rank 1", "1 visible GPU", "DEVICE=cpu", "MULTI_RANK"]),
     ("auto", 2, LaunchInfo(2, 3, 2, 3, "srun"), {}, ["local rank 2", "2 visible GPU"]),
     ("cuda", 0, LaunchInfo(0, 1, 0, 1, "python"), {}, ["device=cuda", "no GPU"]),
     ("auto", 0, LaunchInfo(0, 1, 0, 1, "python"), {"SLURM_JOB_GPUS": "0,1"}, ["SLURM_JOB_GPUS=0,1", "DEVICE=cpu"]),
@@ -171,6 +175,23 @@ def test_no_gpu_for_this_rank(monkeypatch, capsys, wanted, gpus, place, environm
         choose_device(wanted, place)
     line = capsys.readouterr().err
     assert all(word in line for word in words), line
+
+
+def test_gpus_that_only_the_driver_sees(monkeypatch, capsys, tmp_path):
+    """An error where the GPUs are ours; Slurm or the user may have hidden them."""
+    monkeypatch.setattr(ranks.torch, "cuda", FakeCuda(0))
+    monkeypatch.delenv("DEVICE", raising=False)
+    assert [unused_gpus(env, tmp_path) for env in ({}, {"SLURM_JOB_ID": "1"})] == [0, 0]
+    (tmp_path / "0000:01:00.0").mkdir()
+    hidden = ({"SLURM_JOB_ID": "1"}, {"CUDA_VISIBLE_DEVICES": ""})
+    assert [unused_gpus(env, tmp_path) for env in ({}, *hidden)] == [1, 0, 0]
+    assert unused_gpus({}, tmp_path / "no driver") == 0
+    monkeypatch.setattr(ranks, "unused_gpus", lambda environment: 1)
+    with pytest.raises(SystemExit):
+        choose_device("auto", LaunchInfo(0, 1, 0, 1, "python"))
+    assert "the driver shows 1 GPU(s) but CUDA finds none" in capsys.readouterr().err
+    monkeypatch.setenv("DEVICE", "cpu")
+    assert choose_device("auto", LaunchInfo(0, 1, 0, 1, "python")).type == "cpu"
 
 
 def test_device_from_the_cluster_profile(monkeypatch):

@@ -280,6 +280,25 @@ def test_running(tmp_path: Path, options: str, script: str, problem: str | None)
     assert found is None if problem is None else problem in (found or "")
 
 
+@pytest.mark.parametrize(
+    ("gpus", "script", "device"),
+    [
+        (1, "torchrun --standalone --nproc-per-node=2 ddp/train.py", "cpu"),
+        (1, "make train NPROC=3", "cpu"),
+        (1, "mpiexec -n 2 python ddp/train.py", "cpu"),
+        (1, "python ddp/single_device.py", None),
+        (2, "torchrun --nproc-per-node=2 ddp/train.py", None),
+        (0, "torchrun --nproc-per-node=2 ddp/train.py", None),  # auto is the CPU there
+    ],
+)
+def test_ranks_without_a_gpu_each_are_on_the_cpu(monkeypatch: pytest.MonkeyPatch, gpus, script, device) -> None:
+    monkeypatch.setattr(readme_commands, "gpus", lambda: gpus)
+    monkeypatch.delenv("DEVICE", raising=False)
+    assert readme_commands.environment("runs", script).get("DEVICE") == device
+    monkeypatch.setenv("DEVICE", "cuda")
+    assert readme_commands.environment("runs", script)["DEVICE"] == "cuda"
+
+
 def test_a_timeout_ends_the_whole_family(tmp_path: Path) -> None:
     """Also a worker in a session of its own, as torchrun's are, and one that ignores SIGTERM."""
     worker = (

@@ -60,7 +60,7 @@ def assert_lab_looks_well(room: str, exercise: exercises.Exercise, folder: Path)
     """The lab's task ends without an error on 2 ranks, and its loss falls: that is what makes it a lab."""
     exercises.write(ROOT, room, [exercise], folder, force=False)
     command = ["torchrun", "--standalone", "--nproc-per-node=2", str(folder / exercise.source.name)]
-    finished = processes.run(command, 120, ROOT, readme_commands.environment(folder))
+    finished = processes.run(command, 120, ROOT, readme_commands.environment(folder, " ".join(command)))
     assert finished.exit_code == 0, finished.output
     losses = [float(loss) for loss in re.findall(r"loss ([0-9.]+)", finished.output)]
     assert len(losses) == 5 and losses[-1] < losses[0] / 3
