@@ -142,8 +142,8 @@ def choose_device(wanted: str, launch: LaunchInfo) -> torch.device:
             fail("device=cuda was asked for but CUDA finds no GPU; check nvidia-smi, or use --device cpu")
         if idle := unused_gpus(os.environ):
             fail(
-                f"the driver shows {idle} GPU(s) but CUDA finds none: a driver too old for CUDA {torch.version.cuda} or "
-                "a container without its GPUs; run make doctor, or set DEVICE=cpu to compute on the CPU"
+                f"the driver shows {idle} GPU(s) but CUDA finds none: a driver too old for CUDA {torch.version.cuda} "
+                "or a container without its GPUs; run make doctor, or set DEVICE=cpu to compute on the CPU"
             )
         return torch.device("cpu")
     if launch.local_rank < gpus or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE", "0") != "0":

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node=2 ddp/train.py                              # a laptop: about a minute, loss < 2.5
     torchrun --nproc-per-node=8 ddp/train.py --config ddp/configs/gpt_124m.yaml --train.steps 200    # 8 GPUs
-    sbatch --nodes=4 --gpus-per-node=8 ddp/multi_node.sbatch --config ddp/configs/gpt_124m.yaml --train.steps 200
+    sbatch --nodes=4 --gpus-per-node=8 --cpus-per-task=64 ddp/multi_node.sbatch --config ddp/configs/gpt_124m.yaml
 
 The whole difference to `ddp/single_device.py`: join the other ranks, take your part of the batch, wrap the model,
 hold communication back until the last micro-batch, and sum what is measured over the ranks.

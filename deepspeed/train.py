@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node=2 deepspeed/train.py                        # a laptop: about a minute, loss < 2.5
     deepspeed --num_gpus=4 deepspeed/train.py --deepspeed_config deepspeed/configs/zero2.json        # four GPUs
-    sbatch --nodes=4 --gpus-per-node=8 deepspeed/multi_node.sbatch --deepspeed_config deepspeed/configs/zero3.json
+    sbatch --nodes=4 --gpus-per-node=8 --cpus-per-task=64 deepspeed/multi_node.sbatch \\
+        --deepspeed_config deepspeed/configs/zero3.json
 
 The whole difference to `ddp/train.py`: the model is born in parts where stage 3 wants it, precision and clipping are
 DeepSpeed's, and the engine counts the micro-batches: it reduces, clips, steps and zeroes when the last one is done.

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node=2 fsdp/train.py                             # a laptop: about a minute, loss < 2.5
     torchrun --nproc-per-node=8 fsdp/train.py --config fsdp/configs/llama_1b.yaml --train.steps 200  # 8 GPUs
-    sbatch --nodes=4 --gpus-per-node=8 fsdp/multi_node.sbatch --config fsdp/configs/llama_8b.yaml --train.steps 200
+    sbatch --nodes=4 --gpus-per-node=8 --cpus-per-task=64 fsdp/multi_node.sbatch --config fsdp/configs/llama_8b.yaml
 
 The whole difference to `ddp/train.py`: the model is born without memory, its blocks are wrapped one by one, precision
 is a policy of the wrapper, and what was a tensor on every rank is a DTensor, of which each rank has a shard.

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node=2 model_parallel/context_parallel.py        # a laptop: about a minute, loss < 2.5
     torchrun --nproc-per-node=4 model_parallel/context_parallel.py --mesh.dp 2           # parts of different samples
-    SCRIPT=model_parallel/context_parallel.py sbatch --nodes=2 --gpus-per-node=8 model_parallel/multi_node.sbatch \
-        --config model_parallel/configs/context.yaml --train.steps 200
+    SCRIPT=model_parallel/context_parallel.py sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=64 \
+        model_parallel/multi_node.sbatch --config model_parallel/configs/context.yaml --train.steps 200
 
 The whole difference to `fsdp/train.py`: ranks of one context group see the same samples, and of each sequence their
 part, with its positions; attention fetches the keys and values of the other parts. All else works token by token.

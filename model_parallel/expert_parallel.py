@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node=2 model_parallel/expert_parallel.py         # a laptop: about a minute, loss < 2.5
     torchrun --nproc-per-node=4 model_parallel/expert_parallel.py --mesh.dp 2         # experts, and shards of experts
-    SCRIPT=model_parallel/expert_parallel.py sbatch --nodes=2 --gpus-per-node=8 model_parallel/multi_node.sbatch \
-        --config model_parallel/configs/expert.yaml --train.steps 200
+    SCRIPT=model_parallel/expert_parallel.py sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=64 \
+        model_parallel/multi_node.sbatch --config model_parallel/configs/expert.yaml --train.steps 200
 
 The whole difference to `fsdp/train.py`: the feed-forward layers send tokens where their experts are
 (`expert_layers.py`), and experts are sharded among fewer ranks than all else, because each rank has others.

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node=8 model_parallel/hybrid_parallel.py --batch.micro_size 3    # 2 × 2 × 2
     torchrun --nproc-per-node=4 model_parallel/hybrid_parallel.py --mesh.tp 1 --batch.micro_size 3   # pipeline × data
-    SCRIPT=model_parallel/hybrid_parallel.py sbatch --nodes=8 --gpus-per-node=8 model_parallel/multi_node.sbatch \
-        --config model_parallel/configs/llama_70b.yaml --train.steps 200
+    SCRIPT=model_parallel/hybrid_parallel.py sbatch --nodes=8 --gpus-per-node=8 --cpus-per-task=64 \
+        model_parallel/multi_node.sbatch --config model_parallel/configs/llama_70b.yaml --train.steps 200
 
 Nothing here is new: the pipeline is that of `pipeline_parallel.py`, the slices are those of `tensor_parallel.py`, the
 shards those of `fsdp/train.py`. What counts is the order, inside out, and who shares what with whom on the mesh.

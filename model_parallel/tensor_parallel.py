@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node=2 model_parallel/tensor_parallel.py         # a laptop: about a minute, loss < 2.5
     torchrun --nproc-per-node=4 model_parallel/tensor_parallel.py --mesh.dp 2            # slices, and shards of slices
-    sbatch --nodes=2 --gpus-per-node=8 model_parallel/multi_node.sbatch \\
+    sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=64 model_parallel/multi_node.sbatch \\
         --config model_parallel/configs/tensor.yaml --train.steps 200
 
 The whole difference to `fsdp/train.py`: a plan says how each layer is cut, before FSDP wraps what is left of it; ranks

@@ -104,6 +104,10 @@ if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun no longer inherits it (Slurm 22.05 and later)
 fi
 threads=$((${SLURM_CPUS_ON_NODE:-1} / RANKS_PER_NODE))
+if [[ -n ${SLURM_CPUS_ON_NODE:-} && ${DEVICE:-} != cpu ]] && ((threads < 4)); then
+    echo "job_env: warning: $SLURM_CPUS_ON_NODE cores for $RANKS_PER_NODE ranks on a node; a rank that trains on a GPU" \
+        "wants 4 or more (itself, autograd, NCCL, data); more GPUs need more --cpus-per-task"
+fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 # torchrun passes SIGTERM on to its ranks, and kills them 30 s later: too soon for a checkpoint that takes longer.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}

@@ -75,6 +75,23 @@ def test_settings_that_a_job_respects(slurm, environment, expected):
     assert {name: found.get(name) for name in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("environment", "warned"),
+    [
+        ({"SLURM_CPUS_ON_NODE": "8", "SLURM_GPUS_ON_NODE": "8"}, "8 cores for 8 ranks on a node"),
+        ({"SLURM_CPUS_ON_NODE": "7"}, "7 cores for 2 ranks on a node"),
+        ({"SLURM_CPUS_ON_NODE": "8"}, None),
+        ({"SLURM_CPUS_ON_NODE": "1", "DEVICE": "cpu"}, None),
+        ({"SLURM_CPUS_ON_NODE": "unset"}, None),  # what Slurm does not say is no reason to warn
+    ],
+)
+def test_fewer_than_four_cores_a_rank_are_warned_about(slurm, environment, warned):
+    """Raising --gpus-per-node alone leaves one core for each rank."""
+    ended = slurm.run(sourcing(slurm.folder, TWO, "true"), **{"CLUSTER": "default"} | environment)
+    lines = [line for line in ended.output.splitlines() if "warning" in line]
+    assert ended.code == 0 and (not lines if warned is None else len(lines) == 1 and warned in lines[0]), ended.output
+
+
 def test_a_port_that_is_taken_is_passed_over(slurm):
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
