@@ -33,10 +33,14 @@ LEFT_ALONE = (  # what guides set, and no profile here does
     Variable("FI_EFA_USE_DEVICE_RDMA", "", "1: EFA with RDMA", "not needed since libfabric 1.18, aws-ofi-nccl 1.7"),
     Variable("TORCH_NCCL_ASYNC_ERROR_HANDLING", "", "what happens to a process whose collective failed",
         "torch's default, 3, ends it; 1, as guides set, cleans up first, which can hang"),
+    Variable("TORCH_DIST_USE_NCCL2", "", "0: torch's former NCCL backend in the place of nccl2",
+        "nccl2 is what nccl means since torch 2.15; 0 for one run, to rule nccl2 out"),
+    Variable("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", "", "after how long without a heartbeat the watchdog ends the process",
+        "the former backend's, as TORCH_NCCL_ENABLE_MONITORING is; nccl2 has no such monitor"),
     Variable("CUDA_DEVICE_MAX_CONNECTIONS", "", "hardware queues between CPU and GPU",
         "1 is for Megatron's tensor and sequence parallelism before Blackwell; FSDP overlaps worse with it"),
 )  # fmt: skip
-PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_FR_", "TORCH_GLOO_", "FI_", "CUDA_DEVICE_MAX_")
+PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_DIST_", "TORCH_FR_", "TORCH_GLOO_", "FI_", "CUDA_DEVICE_MAX_")
 
 
 def explain(profile: str, environment: Mapping[str, str] = os.environ, width: int = 160) -> str:

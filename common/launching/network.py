@@ -7,7 +7,8 @@ choice away. So `default` sets diagnostics only, and a named profile adds only w
 Names of interfaces and adapters are facts of one site: they belong in that cluster's own profile, not here.
 
 What the variables do is taken from NCCL's user guide, the EFA page of aws-ofi-nccl (doc/efa-env-var.md),
-Google Cloud's page on GPU networking, and PyTorch's ProcessGroupNCCL.hpp and FlightRecorder.hpp.
+Google Cloud's page on GPU networking, and PyTorch's nccl2/ProcessGroupNCCL.hpp and FlightRecorder.hpp (torch 2.15: its
+backend "nccl" is nccl2).
 """
 
 import difflib
@@ -37,6 +38,9 @@ DIAGNOSTICS = (
         "TORCH_NCCL_TRACE_BUFFER_SIZE"),
     Variable("TORCH_NCCL_DUMP_ON_TIMEOUT", "1", "ranks write the flight recorder to files when a collective fails",
         "else it ends with the process; older releases of torch have it off", "TORCH_FR_DUMP_ON_TIMEOUT"),
+    Variable("TORCH_FR_DUMP_TEMP_FILE", "RUNS_DIR/flight_recorder_rank", "those files' names, up to the rank's number",
+        "torch's choice is below the home folder, which the nodes of some clusters do not have",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"),
     Variable("NCCL_DEBUG", "WARN", "NCCL prints its version, and the reason when one of its calls fails",
         "NCCL is silent by default; INFO prints pages a rank: for one debugging run, not for every run"),
 )  # fmt: skip
@@ -97,7 +101,9 @@ def apply(profile: str = "default", environment: MutableMapping[str, str] = os.e
     Call it before the process group exists: NCCL and Gloo read their environment once, when it is made.
     Raises ValueError, with nothing set, when the profile is unknown or the result cannot work (see `check`).
     """
-    missing = {v.name: v.value for v in rows(profile) if not {v.name, v.other_name} & environment.keys()}
+    runs = os.path.abspath(environment.get("RUNS_DIR") or "runs")
+    values = {v.name: v.value.replace("RUNS_DIR", runs) for v in rows(profile)}
+    missing = {v.name: values[v.name] for v in rows(profile) if not {v.name, v.other_name} & environment.keys()}
     check({**environment, **missing})
     environment.update(missing)
     return missing

@@ -15,7 +15,7 @@ from slurm.network import LEFT_ALONE, PREFIXES
 
 ON_RANKS = OnRanks("tests/common/network_on_ranks.py")
 ROOT = Path(__file__).resolve().parents[2]
-DIAGNOSTICS = {"TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT", "NCCL_DEBUG"}
+DIAGNOSTICS = {"TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_DUMP_TEMP_FILE", "NCCL_DEBUG"}
 REAL = network.interfaces()[0]
 
 
@@ -39,7 +39,10 @@ def test_default_sets_diagnostics_and_no_tuning():
 def test_every_profile_works_here_has_reasons_and_contradicts_nothing(profile):
     rows = network.rows(profile)
     assert len({v.name for v in rows}) == len(rows)
-    assert network.apply(profile, {}) == {v.name: v.value for v in rows}
+    chosen = network.apply(profile, {"RUNS_DIR": "/scratch/runs"})
+    assert chosen.pop("TORCH_FR_DUMP_TEMP_FILE") == "/scratch/runs/flight_recorder_rank"
+    assert chosen.items() < {v.name: v.value for v in rows}.items()
+    assert len(chosen) == len(rows) - 1
     assert set(network.DIAGNOSTICS) <= set(rows)
     assert all(v.value and v.what and v.why for v in rows)
     assert not {v.name for v in rows} & {v.name for v in LEFT_ALONE}
@@ -52,7 +55,8 @@ def test_gcp_and_ethernet_stay_within_nccls_64_sockets():
 
 
 def test_what_the_user_has_set_stays():
-    environment = {"NCCL_SOCKET_NTHREADS": "2", "NCCL_DEBUG": "", "TORCH_NCCL_TRACE_BUFFER_SIZE": "50"}
+    environment = {"NCCL_SOCKET_NTHREADS": "2", "NCCL_DEBUG": "", "TORCH_NCCL_TRACE_BUFFER_SIZE": "50",
+                   "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/mine"}  # fmt: skip
     before = dict(environment)
     chosen = network.apply("ethernet", environment)
     assert set(chosen) == {"TORCH_NCCL_DUMP_ON_TIMEOUT", "NCCL_IB_DISABLE", "NCCL_NSOCKS_PERTHREAD"}
@@ -115,14 +119,15 @@ def test_gloo_itself_agrees_about_interfaces():
         assert we_accept == gloo_accepts, name
 
 
-def test_a_group_made_after_apply_sees_the_variables():
-    """The flight recorder keeps 5 of 20 collectives when the profile says 5: apply() is not too late.
+def test_a_group_made_after_apply_sees_the_variables(tmp_path):
+    """The flight recorder keeps 5 of 20 collectives when the profile says 5, and torch writes them to the folder of
+    the runs: apply() is not too late, and the names are those that torch reads.
 
     On a rank of its own: torch makes its recorder once in a process.
     """
     one = Group(1)
     try:
-        assert one(ON_RANKS.remembered_collectives, "5", 20) == [5]
+        assert one(ON_RANKS.remembered_collectives, "5", 20, str(tmp_path)) == [5]
     finally:
         one.stop()
 
