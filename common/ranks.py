@@ -197,6 +197,20 @@ def prepare_process_group(timeout_s: float) -> None:
     atexit.register(gc.collect)
 
 
+def why_not_joined(launch: LaunchInfo, error: str, timeout_s: float) -> str:
+    """Return the line for the `error` of a process group that did not start."""
+    where, rank = f"{launch.master_addr}:{launch.master_port}", f"rank {launch.rank} of {launch.world_size}"
+    if "EADDRINUSE" in error or "address already in use" in error.lower():
+        return f"port {where} is in use by another program; set MASTER_PORT to a free one for all ranks"
+    if "last error" in error.lower():  # NCCL's own, which names the cause in a later line
+        cause = error.split("Exception raised from")[0].strip()
+        return f"{rank}: NCCL could not start: {cause}; check nvidia-smi on this node; NCCL_DEBUG=INFO says more"
+    return (
+        f"{rank} could not join the others at {where} within {timeout_s:g} s: {error.splitlines()[0].rstrip('.')}; "
+        "check that all ranks were started and that this host and port are reachable"
+    )
+
+
 def join(
     device: str = "auto", timeout_s: float = 600.0, network_profile: str = "default", compare: bool = True
 ) -> Ranks:
@@ -238,13 +252,7 @@ def join(
             )
             dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     except RuntimeError as error:  # torch.distributed's own errors among them
-        where, reason = f"{launch.master_addr}:{launch.master_port}", str(error).splitlines()[0].rstrip(".")
-        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-            fail(f"port {where} is in use by another program; set MASTER_PORT to a free one for all ranks")
-        fail(
-            f"rank {launch.rank} of {launch.world_size} could not join the others at {where} within {timeout_s:g} s: "
-            f"{reason}; check that all ranks were started and that this host and port are reachable"
-        )
+        fail(why_not_joined(launch, str(error), timeout_s))
     ranks = Ranks(launch.rank, launch.world_size, launch.local_rank, launch.local_world_size, launch.launcher, chosen)
     ranks.meet(compare)
     return ranks

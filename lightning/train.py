@@ -139,7 +139,8 @@ class GPT(LightningModule):
         if self.model is not None:
             return  # Lightning may call it again
         if self.distribution.is_sharded:
-            self.model = sharded_transformer(self.config, self.device_mesh, self.device)
+            device = self.trainer.strategy.root_device  # self.device is still the CPU
+            self.model = sharded_transformer(self.config, self.device_mesh, device)
             return
         self.model = Transformer(self.config.model, self.config.seed)  # which Lightning moves, and wraps in DDP
         if self.config.train.activation_checkpointing:

@@ -270,6 +270,21 @@ def test_port_in_use(group):
     assert f"port 127.0.0.1:{port} is in use" in words
 
 
+NCCL_ERROR = """NCCL error in: ProcessGroupNCCL.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO for details)
+ncclUnhandledCudaError: Call to CUDA function failed.
+Last error:
+Cuda failure 2 'out of memory'
+Exception raised from create at NCCLUtils.cpp:94 (most recent call first):
+frame #0: c10::Error::Error"""
+
+
+def test_the_cause_that_nccl_names_is_in_the_line():
+    """It stands below the first line; the host and the port are not to blame."""
+    line = ranks.why_not_joined(LaunchInfo(1, 2, 1, 2, "torchrun", "a", 5), NCCL_ERROR, 9)
+    assert line.startswith("rank 1 of 2: NCCL could not start") and "'out of memory'; check nvidia-smi" in line
+    assert "a:5" not in line and "frame #0" not in line
+
+
 def test_a_rank_that_never_comes(group):
     [(code, words)] = group(1)(ON_RANKS.joins, rank_0_of_2(free_port()), 1)
     assert code == 2
