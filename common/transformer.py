@@ -173,10 +173,23 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     query: (batch, heads, sequence, head_size); key, value: (batch, kv_heads, keys, head_size), kv_heads a
     divisor of heads. Causal over equal lengths without a mask, which is (sequence, keys) bool: True may look.
     """
-    if (groups := query.shape[1] // key.shape[1]) > 1:
-        # Not enable_gqa: the memory-efficient kernel, the one that GPUs have for fp32, does not take it.
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and not takes_groups(query, mask):
+        key, value, groups = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), 1
+    causal = mask is None
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, enable_gqa=groups > 1)
+
+
+def takes_groups(query: Tensor, mask: Tensor | None) -> bool:
+    """Whether the kernel takes fewer key heads than query heads: of those on GPUs, the flash and cuDNN kernels do, for
+    16-bit types without a mask. The memory-efficient one, for fp32 and masks, does not: torch would fall back to the
+    plain formula, and hold all scores."""
+    return query.is_cuda and mask is None and query.dtype.itemsize == 2 and _has_flash_attention()
+
+
+@torch.compiler.assume_constant_result
+def _has_flash_attention() -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
 
 
 class LayerCache:

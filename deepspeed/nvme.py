@@ -12,6 +12,7 @@ import shutil
 import time
 from pathlib import Path
 
+import torch
 from environment import deepspeed
 from torch.utils import cpp_extension
 
@@ -59,6 +60,9 @@ def cannot_build() -> str:
     """What a build of async_io would lack: a compiler, or the headers of libaio."""
     if not (shutil.which("c++") or os.environ.get("CXX")):
         return "no C++ compiler (c++) for DeepSpeed's extension async_io; install g++, or load your site's module"
+    if torch.cuda.is_available() and cpp_extension.CUDA_HOME is None:  # DeepSpeed would raise a TypeError
+        found = f"no CUDA toolkit (nvcc {torch.version.cuda}), with which DeepSpeed compiles async_io for GPUs"
+        return f"{found}; load your site's module, or set CUDA_HOME; DS_SKIP_CUDA_CHECK=1 takes another minor version"
     if not deepspeed.ops.op_builder.AsyncIOBuilder().is_compatible(verbose=False):
         where = "CFLAGS and LDFLAGS may say where it is"
         return (

@@ -58,11 +58,13 @@ def build_mesh(dp: int = 1, pp: int = 1, cp: int = 1, tp: int = 1) -> Mesh:
     rank = dist.get_rank()
     grid = make_grid(dist.get_world_size(), sizes)
     place = (grid == rank).nonzero()[0].tolist()
-    groups = {}
+    groups, created = {}, {}
     for axes in [(axis,) for axis in AXES] + [("dp", "cp")]:
         for ranks in lines(grid, *axes):
             # All ranks create all groups, in the same order, those without them too: `new_group` is a collective.
-            created = dist.new_group(ranks)
+            # Axes of one rank, and dp with dp_cp where cp is 1, have the same groups: each is created once.
+            if tuple(ranks) not in created:
+                created[tuple(ranks)] = dist.new_group(ranks)
             if rank in ranks:
-                groups["_".join(axes)] = created
+                groups["_".join(axes)] = created[tuple(ranks)]
     return Mesh(sizes, dict(zip(AXES, place, strict=True)), groups)

@@ -23,6 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.experimental._attention import set_rotate_method
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import clip_grad_norm_
 
 from common.config import parse
@@ -138,7 +139,9 @@ def part_of_sequence(length: int, mesh: DeviceMesh, attention: str) -> Iterator[
     """
     positions = torch.arange(length, device=mesh.device_type)
     if attention == "ring":
-        with context_parallel(mesh, buffers=[positions], buffer_seq_dims=[0]):  # cuts in just that way
+        # Torch cuts in just that way. cuDNN's kernel, which newer GPUs would prefer, is the less tried one in the ring.
+        kernels = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION])
+        with kernels, context_parallel(mesh, buffers=[positions], buffer_seq_dims=[0]):
             yield positions
     else:
         yield torch.cat([positions.chunk(2 * mesh.size())[number] for number in pieces(mesh)])

@@ -46,16 +46,20 @@ class ExpertParallel(MixtureOfExperts):
         # An assignment is a token and one of its experts. Sorted by expert they are sorted by rank, too.
         order = chosen.flatten().argsort(stable=True)
         rows = order // self.experts_per_token  # which token
-        self.load = torch.bincount(chosen.flatten(), minlength=probabilities.shape[-1])
+        counts = torch.zeros(probabilities.shape[-1], dtype=torch.int64, device=chosen.device)
+        # `bincount` would look for the largest number on the host, which then waits for a GPU.
+        self.load = counts.scatter_add_(0, chosen.flatten(), torch.ones_like(order))
         self.balance_loss = self._balance_loss(probabilities) if self.balanced else None
 
-        # First the counts, then the tokens. Sizes are needed on the host: on a GPU it waits here for the router.
+        # First the counts, then the tokens. Sizes are needed on the host: on a GPU it waits here, once, for the router.
         group, ranks = self.mesh.get_group(), self.mesh.size()
         coming = torch.empty_like(self.load)  # by rank of origin, then by expert of this rank
         dist.all_to_all_single(coming, self.load, group=group)
-        send, receive = torch.stack((self.load, coming)).view(2, ranks, -1).sum(-1).tolist()
+        going, coming = self.load.view(ranks, -1), coming.view(ranks, -1)
+        sizes = torch.cat((going.sum(1), coming.sum(1), coming.sum(0))).tolist()
+        send, receive, by_expert = sizes[:ranks], sizes[ranks : 2 * ranks], sizes[2 * ranks :]
         arrived = all_to_all_single_autograd(tokens[rows], receive, send, group)
-        results = self._compute(arrived, coming.view(ranks, -1))
+        results = self._compute(arrived, coming, by_expert)
         # The way back is the way here, the other way round; backward goes both ways once more.
         returned = all_to_all_single_autograd(results, send, receive, group)
 
@@ -64,8 +68,9 @@ class ExpertParallel(MixtureOfExperts):
         output.view(tokens.shape).index_add_(0, rows, result.to(tokens.dtype))  # in place: FSDP wants no view back
         return output
 
-    def _compute(self, arrived: Tensor, coming: Tensor) -> Tensor:
-        """This rank's experts on the tokens that arrived; coming: (ranks, experts of this rank), how many of each.
+    def _compute(self, arrived: Tensor, coming: Tensor, by_expert: list[int]) -> Tensor:
+        """This rank's experts on the tokens that arrived; coming: (ranks, experts of this rank), how many of each;
+        by_expert: its sums over the ranks.
 
         An expert without tokens computes with none: its gradient is then zero, and every rank does the same
         collectives in backward.
@@ -76,7 +81,7 @@ class ExpertParallel(MixtureOfExperts):
         owner = numbers.repeat_interleave(coming.flatten(), output_size=arrived.shape[0])  # which expert, of each row
         order = owner.argsort(stable=True)
         results = []
-        for expert, taken in enumerate(arrived[order].split(coming.sum(0).tolist())):
+        for expert, taken in enumerate(arrived[order].split(by_expert)):
             inner = F.silu(F.linear(taken, gate[expert])) * F.linear(taken, up[expert])
             results.append(F.linear(inner, down[expert]))
         return torch.cat(results)[order.argsort()]  # in the order in which they came

@@ -15,6 +15,7 @@ from mesh_settings import HybridConfig, hybrid_mesh
 from pipeline_parallel import build_schedule, clip_grad_norm, describe, fill_up, join_stages, run_schedule, split_layers
 from pipeline_state import StageState, tied_weight
 from tensor_parallel import tensor_parallelize
+from torch.distributed import config as dist_config
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -106,6 +107,7 @@ def build_stages(config: HybridConfig, mesh: DeviceMesh, ranks: Ranks) -> list[P
     policy = MixedPrecisionPolicy(
         param_dtype=low_precision, reduce_dtype=low_precision and torch.float32, cast_forward_inputs=False
     )
+    dist_config.pipeline_per_edge_p2p = ranks.device.type == "cuda"  # as in pipeline_parallel.py
     stages = []
     for number in range(mesh["pp"].get_local_rank(), count, mesh["pp"].size()):
         is_last = number == count - 1

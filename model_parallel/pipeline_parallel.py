@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from mesh_settings import PipelineConfig
 from pipeline_state import StageState, tied_weight
+from torch.distributed import config as dist_config
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.pipelining import (
     PipelineStage,
@@ -112,6 +113,8 @@ def build_stages(config: PipelineConfig, ranks: Ranks) -> list[PipelineStage]:
         fail("1 rank for a pipeline; expected at least 2; use ddp/single_device.py, or torchrun --nproc-per-node=2")
     count = ranks.world_size * config.stages_per_rank
     layers = split_layers(config.model, count)
+    # On GPUs a communicator for each neighbor and direction: in one alone, messages forward and back wait in one queue.
+    dist_config.pipeline_per_edge_p2p = ranks.device.type == "cuda"
     stages = []
     for number in range(ranks.rank, count, ranks.world_size):
         is_last = number == count - 1

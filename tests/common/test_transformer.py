@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from common import transformer
 from common.transformer import (
     PRESETS,
     KVCache,
@@ -256,6 +258,27 @@ def test_attention_function_can_be_replaced():
         block.attention.attend = by_hand
     torch.testing.assert_close(model(tokens), expected, rtol=0, atol=1e-12)
     assert shapes == [((3, 6, 20, 4), (3, 2, 20, 4))] * 4  # keys arrive unrepeated
+
+
+@pytest.mark.parametrize(("dtype", "masked", "key_heads"), [
+    (torch.bfloat16, False, 2), (torch.float16, False, 2), (torch.bfloat16, True, 6), (torch.float32, False, 6),
+])  # fmt: skip
+def test_a_gpu_gets_keys_unrepeated_where_its_kernel_takes_them(monkeypatch, dtype, masked, key_heads):
+    """Tensors of a GPU that is not there; and the same attention, in fp64, on the CPU."""
+    seen, attention = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(transformer, "_has_flash_attention", lambda: True)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda query, key, *_, **more: seen.append((key, more)))
+    with FakeTensorMode():
+        query, key = (torch.empty(2, heads, 8, 4, dtype=dtype, device="cuda") for heads in (6, 2))
+        causal_attention(query, key, key, query.new_ones(8, 8, dtype=torch.bool) if masked else None)
+    ((key, options),) = seen
+    assert key.shape[1] == key_heads and options["enable_gqa"] == (key_heads == 2)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    query, key, value = (torch.randn(2, heads, 8, 4, dtype=torch.float64) for heads in (6, 2, 2))
+    repeated = causal_attention(query, key, value)
+    monkeypatch.setattr(transformer, "takes_groups", lambda *_: True)
+    torch.testing.assert_close(causal_attention(query, key, value), repeated, rtol=0, atol=1e-12)
 
 
 # --- decoding -----------------------------------------------------------------------------------------------------

@@ -333,6 +333,17 @@ def grid(sizes: dict[str, int]) -> tuple[dict, dict]:
     return built.coordinates, sums
 
 
+def groups_made(sizes: dict[str, int]) -> int:
+    """How many groups a mesh creates; each is a communicator, and takes time when a job starts."""
+    made, new_group = [], dist.new_group
+    dist.new_group = lambda ranks: made.append(ranks) or new_group(ranks)
+    try:
+        mesh.build_mesh(**sizes)
+    finally:
+        dist.new_group = new_group
+    return len(made)
+
+
 def refused_grid(sizes: dict[str, int]) -> str:
     try:
         mesh.build_mesh(**sizes)

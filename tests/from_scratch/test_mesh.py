@@ -30,6 +30,11 @@ def test_data_and_context_parallel_ranks_together(group):
         assert sums["dp"][1] == sums["cp"][1] == 2
 
 
+def test_a_group_is_created_once(group):
+    """The axes of one rank share theirs, and dp is dp_cp: 3 groups, not 8."""
+    assert group(2)(ON_RANKS.groups_made, {"dp": 2}) == [3, 3]
+
+
 def test_lines_of_a_large_grid():
     """24 ranks as 2 x 3 x 2 x 2: each rank is once in the groups of an axis, whose stride is the product behind it."""
     grid = mesh.make_grid(24, {"dp": 2, "pp": 3, "cp": 2, "tp": 2})

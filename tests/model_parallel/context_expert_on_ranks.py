@@ -36,9 +36,12 @@ class Sent(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.messages: list[tuple[str, int]] = []
+        self.waits: list[str] = []
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         name = op.name().split("::")[-1]
+        if name in ("bincount", "nonzero", "_local_scalar_dense", "repeat_interleave.Tensor") and not kwargs:
+            self.waits.append(name)
         if op.namespace in ("c10d", "_c10d_functional") and not name.startswith(("wait", "_wrap")):
             tensor = args[1 if name == "alltoall_base_" else 0]  # whose first argument is the output
             self.messages.append((name, tensor.nbytes))
@@ -81,8 +84,10 @@ def train_in_a_ring(script: str, arguments: list[str]) -> int:
     """Train with `attention: ring` on the CPU: how often keys and values, or their gradients, went around.
 
     Torch's ring attention is a template for any kernel that also returns the logarithm of its sums, but it knows those
-    of GPUs only. Here it gets the CPU's, and keeps fp64. All else, messages and merging included, is torch's own.
+    of GPUs only. Here it gets the CPU's, and keeps fp64. All else, messages and merging included, is torch's own. Keys
+    go around as on GPUs in bf16: not repeated for each group of heads.
     """
+    takes_groups = common.transformer.takes_groups
     aten, sends = torch.ops.aten, 0
     forward_kernel = aten._scaled_dot_product_flash_attention_for_cpu.default
     backward_kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -117,6 +122,7 @@ def train_in_a_ring(script: str, arguments: list[str]) -> int:
     exchange_buffers = torch_ring._AllToAllRotater.exchange_buffers
     torch_ring.custom_ops.update({forward_kernel: forward, backward_kernel: backward})
     torch_ring._cp_options.convert_to_f32 = False
+    common.transformer.takes_groups = lambda *_: True
     torch_ring._AllToAllRotater.exchange_buffers = exchange
     try:
         with imported("context_settings") as settings:
@@ -125,6 +131,7 @@ def train_in_a_ring(script: str, arguments: list[str]) -> int:
     finally:
         del torch_ring.custom_ops[forward_kernel], torch_ring.custom_ops[backward_kernel]
         torch_ring._cp_options.convert_to_f32 = True
+        common.transformer.takes_groups = takes_groups
         torch_ring._AllToAllRotater.exchange_buffers = exchange_buffers
     return sends
 
@@ -200,6 +207,13 @@ def expert_work(layers: int) -> tuple[list[tuple[str, int]], list[list[int]]]:
                 whole = distribute_tensor(whole, mesh, parameter.placements, src_data_rank=None)
             parameter.copy_(whole)
     tokens = torch.arange(72).view(3, 24) + 72 * dist.get_rank()
-    with Sent() as sent:
-        model(tokens, tokens).backward()
+    reads, tolist = [], torch.Tensor.tolist
+    torch.Tensor.tolist = lambda tensor: reads.append(tensor.shape) or tolist(tensor)
+    try:
+        with Sent() as sent:
+            model(tokens, tokens).backward()
+    finally:
+        torch.Tensor.tolist = tolist
+    # What makes the host wait for a GPU: values that are read, and operations that look for their result's size.
+    assert len(reads) == layers and not sent.waits, (reads, sent.waits)
     return sent.messages, [block.ffn.load.tolist() for block in model.blocks.values()]
