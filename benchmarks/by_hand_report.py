@@ -58,16 +58,16 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(13, 5.2), dpi=130, layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=[1.45, 1, 1])
-    colours = [f"C{number}" for number in range(len(results))]
+    colors = [f"C{number}" for number in range(len(results))]
 
     def bars(value: dict[str, float], factor: float = 1.0) -> tuple[float, list[list[float]]]:
         low, at, high = (value[key] * factor for key in ("lower_quartile", "median", "upper_quartile"))
         return at, [[at - low], [high - at]]
 
     names: list[str] = []
-    for place, (result, colour) in enumerate(zip(results, colours, strict=True)):
+    for place, (result, color) in enumerate(zip(results, colors, strict=True)):
         shift = 0.22 * (place - (len(results) - 1) / 2)
-        left.plot([], [], "o", color=colour, label=result["network"])
+        left.plot([], [], "o", color=color, label=result["network"])
         ring = [one for one in result["comparisons"] if one["comparison"] == "ring"]
         for one in result["comparisons"]:
             for row in one["rows"][1:]:
@@ -76,16 +76,16 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
                     if label not in names:
                         names.append(label)
                     at, error = bars(row["ratio"])
-                    left.errorbar(at, names.index(label) + shift, xerr=error, fmt="o", color=colour, capsize=3)
+                    left.errorbar(at, names.index(label) + shift, xerr=error, fmt="o", color=color, capsize=3)
         if ring:
             sizes = [one["bytes"] for one in ring]
             ratios = [bars(one["rows"][1]["ratio"]) for one in ring]
             errors = [[error[side][0] for _, error in ratios] for side in (0, 1)]
-            middle.errorbar(sizes, [at for at, _ in ratios], yerr=errors, fmt="o-", color=colour, capsize=3)
+            middle.errorbar(sizes, [at for at, _ in ratios], yerr=errors, fmt="o-", color=color, capsize=3)
         shares = [(row, one) for one in result["comparisons"] for row in one["rows"] if "hidden" in row]
         for number, (row, _) in enumerate(shares):
             at, error = bars(row["hidden"], 100)
-            style = {"color": colour, "capsize": 4, "width": 0.2, "alpha": 0.75}
+            style = {"color": color, "capsize": 4, "width": 0.2, "alpha": 0.75}
             right.bar(number + shift, at, yerr=error, **style)
         if shares:
             right.set_xticks(range(len(shares)), [row["contestant"] for row, _ in shares])

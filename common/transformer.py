@@ -348,7 +348,7 @@ class Transformer(nn.Module):
     """The whole model, or a pipeline stage: some of its `layers`, with or without embedding and head.
 
     Parameters bear the same names in a stage as in the whole model, and start equal for equal seeds. They
-    stay unset on the meta device (`with torch.device("meta")`) and with seed None: initialise or load them.
+    stay unset on the meta device (`with torch.device("meta")`) and with seed None: initialize or load them.
     """
 
     def __init__(
@@ -363,7 +363,7 @@ class Transformer(nn.Module):
         self.config = config
         self.checkpointing = False
         device = torch.get_default_device()
-        with torch.device("meta"):  # where torch's own initialisation draws nothing from the global generator
+        with torch.device("meta"):  # where torch's own initialization draws nothing from the global generator
             self.embedding = nn.Embedding(config.vocabulary, config.width) if with_embedding else None
             numbers = range(config.layers) if layers is None else layers
             self.blocks = nn.ModuleDict({str(number): Block(config) for number in numbers})
@@ -372,10 +372,10 @@ class Transformer(nn.Module):
         if device.type != "meta":
             self.to_empty(device=device)
             if seed is not None:
-                self.initialise(seed)
+                self.initialize(seed)
 
     @torch.no_grad()
-    def initialise(self, seed: int) -> None:
+    def initialize(self, seed: int) -> None:
         """Fill the parameters that are here from `initial_weight`; those on the meta device are skipped."""
         for name, parameter in self.named_parameters():
             if not parameter.is_meta:

@@ -1,4 +1,4 @@
-"""What each stage of ZeRO and each off-load costs and saves: `finetune.py` once for each, and a table to fill.
+"""What each stage of ZeRO and each offload costs and saves: `finetune.py` once for each, and a table to fill.
 
     python deepspeed/compare_stages.py                                  # two processes on a laptop, a minute a row
     python deepspeed/compare_stages.py --ranks 4 --rounds 3 -- --model_path /path/to/model --batch.global_size 32
@@ -36,7 +36,7 @@ from common.ranks import fail
 
 CONFIGS = Path(__file__).with_name("configs")
 OPTIMIZER, PARAMETERS = "offload_optimizer", "offload_param"
-# name: (the row that it differs from, how; stage, sections of zero_optimization that are off-loaded, pinned)
+# name: (the row that it differs from, how; stage, sections of zero_optimization that are offloaded, pinned)
 ROWS: dict[str, tuple[str | None, str, int | None, list[str], bool]] = {
     "DDP": (None, "Trainer without DeepSpeed", None, [], False),
     "0Z": ("DDP", "DeepSpeed's engine", 0, [], False),
@@ -134,7 +134,7 @@ def value_of(name: str, arguments: list[str]) -> str | None:
 
 
 def standard_rows(names: list[str], folder: Path) -> list[dict[str, Any]]:
-    """The chosen rows; the files of those with off-load are made from configs/zeroN.json, in `folder`."""
+    """The chosen rows; the files of those with offload are made from configs/zeroN.json, in `folder`."""
     rows = []
     for name in names:
         other, difference, stage, sections, pinned = ROWS[name]

@@ -1,4 +1,4 @@
-"""What off-load to NVMe needs: DeepSpeed's extension async_io, compiled once.
+"""What offload to NVMe needs: DeepSpeed's extension async_io, compiled once.
 
     python deepspeed/nvme.py             # builds it, 7 to 15 minutes of one core; afterwards it is there for all runs
 
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def nvme_problem(ranks: Ranks) -> str:
-    """What is missing for off-load to NVMe, in one line; empty if nothing is. Collective.
+    """What is missing for offload to NVMe, in one line; empty if nothing is. Collective.
 
     One rank looks: ranks that tried the lock at the same time would see each other.
     """

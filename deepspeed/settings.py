@@ -57,7 +57,7 @@ def engine_config(config: DeepSpeedConfig, plan: BatchPlan, ranks: Ranks) -> dic
 
     Raises:
         SystemExit: (exit code 2) the file is missing, is no JSON object, has what DeepSpeed does not take, or
-            contradicts the settings; the precision cannot be had; off-load to NVMe, and what that needs is missing.
+            contradicts the settings; the precision cannot be had; offload to NVMe, and what that needs is missing.
     """
     path, precision = Path(config.deepspeed_config), config.train.precision
     settings = read(path)
@@ -97,7 +97,7 @@ def engine_config(config: DeepSpeedConfig, plan: BatchPlan, ranks: Ranks) -> dic
 
 
 def cpu_adam_if_offloaded(optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> torch.optim.Optimizer:
-    """The optimizer as it is; or DeepSpeed's own for the CPU, if its state is off-loaded and the file insists on it.
+    """The optimizer as it is; or DeepSpeed's own for the CPU, if its state is offloaded and the file insists on it.
 
     DeepSpeed insists unless the file says `"zero_force_ds_cpu_optimizer": false`. Its AdamW is compiled at first use.
     """
@@ -155,7 +155,7 @@ def state_bytes(engine: Any) -> dict[str, int]:
     weights = parameters + [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
     for kept in ("averaged_gradients", "all_grad_tensors"):  # before and between the last micro-batches
         gradients += list(getattr(zero, kept, {}).values())
-    gradients += [flat.grad for flat in partitions(zero)]  # with off-load: in host memory
+    gradients += [flat.grad for flat in partitions(zero)]  # with offload: in host memory
     return _in_bytes(weights=weights, gradients=gradients, master=partitions(zero), moments=_moments(zero.optimizer))
 
 

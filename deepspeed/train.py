@@ -47,7 +47,7 @@ def main(config: DeepSpeedConfig) -> None:
         model.checkpoint_activations()
     if config.train.compile:
         model.compile_blocks()
-    initialise(model, config)
+    initialize(model, config)
 
     # ---- the lesson: the engine takes model and optimizer. What it does with them stands in the JSON file: nothing
     # is cut up in stage 0; the optimizer's state in 1, gradients too in 2, parameters too in 3.
@@ -88,7 +88,7 @@ def main(config: DeepSpeedConfig) -> None:
 
 
 @torch.no_grad()
-def initialise(model: Transformer, config: DeepSpeedConfig) -> None:
+def initialize(model: Transformer, config: DeepSpeedConfig) -> None:
     """Give every parameter the values that one process would start with; in stage 3 one at a time is whole."""
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):

@@ -32,7 +32,7 @@ from common.ranks import Ranks, fail, join
 from common.transformer import ModelConfig, Transformer
 
 CASES = {  # name: what it is, ZeRO's stage, where the optimizer goes, where the parameters go
-    "zero2": ("ZeRO-2, nothing off-loaded", 2, None, None),
+    "zero2": ("ZeRO-2, nothing offloaded", 2, None, None),
     "zero2_cpu": ("ZeRO-2, optimizer in host memory (ZeRO-Offload)", 2, "cpu", None),
     "zero3_cpu": ("ZeRO-3, parameters and optimizer in host memory", 3, "cpu", "cpu"),
     "zero3_nvme": ("ZeRO-3, parameters and optimizer on disk (ZeRO-Infinity)", 3, "nvme", "nvme"),
@@ -50,7 +50,7 @@ class OffloadConfig:
     sequence_length: int = 64
     """Random tokens per rank and step."""
     pin_memory: bool = False
-    """Page-lock what is off-loaded: copies to and from a GPU are faster. Without effect on the CPU."""
+    """Page-lock what is offloaded: copies to and from a GPU are faster. Without effect on the CPU."""
     nvme_path: PathText = ""
     """A folder on a disk of this node; default: the variable TMPDIR, else /tmp."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -37,7 +37,7 @@ class ZeroState:
         self.by_stage_3 = engine.zero_optimization_stage() == 3
         self.averages = AVERAGES[type(optimizer).__name__]
         self.named = dict(self.module.named_parameters())
-        self.on_disk = getattr(self.zero, "swap_optimizer", False)  # off-load to NVMe: the averages are in files
+        self.on_disk = getattr(self.zero, "swap_optimizer", False)  # offload to NVMe: the averages are in files
         if not self.on_disk:
             self._make_averages()
 
@@ -87,7 +87,7 @@ class ZeroState:
     def load_whole_state(self, state: dict[str, Any]) -> None:
         """Take this rank's partitions of such a state, which may come from any strategy and number of ranks."""
         if self.on_disk:
-            fail("this run goes on from a checkpoint, which cannot be loaded into off-load to NVMe, whose state is in "
+            fail("this run goes on from a checkpoint, which cannot be loaded into offload to NVMe, whose state is in "
                  "files of its own; go on with zero3_cpu_offload.json")  # fmt: skip
         device = deepspeed.accelerator.get_accelerator().current_device_name()
         for number, (name, parameter) in enumerate(self.named.items()):

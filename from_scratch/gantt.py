@@ -116,7 +116,7 @@ def draw(events: list[dict], title: str, file: Path) -> None:
         axes.bar_label(bar, [event["micro_batch"] if computes else ""], label_type="center", fontsize=8)
     axes.set(title=title, xlabel="seconds", ylabel="rank", yticks=range(ranks), ylim=(ranks - 0.5, -0.5))
     seen = {event["event"] for event in events}
-    handles = [patches.Patch(color=colour, label=kind) for kind, colour in COLOURS.items() if kind in seen]
+    handles = [patches.Patch(color=color, label=kind) for kind, color in COLOURS.items() if kind in seen]
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     pyplot.savefig(file, dpi=120)
 

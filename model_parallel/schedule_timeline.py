@@ -131,7 +131,7 @@ def report(measured: dict[str, list], micro_batches: int, ranks: Ranks, output: 
         draw(axis, min(steps, key=length), stages)
         axis.set_title(f"{name}: {1000 * seconds:.0f} ms, idle {waits:.0%} (formula {formula})", loc="left", size=10)
     axes[-1].set_xlabel("milliseconds")
-    handles = [patches.Patch(color=colour, label=kind) for kind, colour in COLOURS.items()]
+    handles = [patches.Patch(color=color, label=kind) for kind, color in COLOURS.items()]
     figure.legend(handles=handles, ncols=4, loc="upper right", frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 0.96))
     figure.savefig(output, dpi=110)

@@ -77,7 +77,7 @@ def record_output(root: Path, page: Path, argument: str) -> str:
 def without_machine(output: str, root: Path, runs_dir: Path) -> str:
     """Terminal output as a reader sees it at the end, without this machine's paths and names.
 
-    Colours go, of a line that was drawn over (a progress bar) the last state stays.
+    Colors go, of a line that was drawn over (a progress bar) the last state stays.
     """
     output = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output)
     output = "\n".join(line.rstrip("\r").split("\r")[-1].rstrip() for line in output.split("\n"))

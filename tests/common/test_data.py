@@ -399,14 +399,14 @@ def test_missing_or_damaged_cifar10(refused, cifar10, tmp_path):
 # -------------------------------------------------------------------------------------------------------- image folders
 
 
-def save_image(path, colour, size=(40, 30), mode="RGB"):
+def save_image(path, color, size=(40, 30), mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, colour).save(path)
+    Image.new(mode, size, color).save(path)
 
 
 @pytest.fixture
 def imagenet(tmp_path):
-    """Two classes as ImageNet unpacks, of one colour each; one picture is grey, as some of ImageNet's are."""
+    """Two classes as ImageNet unpacks, of one color each; one picture is grey, as some of ImageNet's are."""
     for part, count in (("train", 3), ("val", 2)):
         for number in range(count):
             save_image(tmp_path / part / "n01" / f"{number}.JPEG", (255, 0, 0), size=(40 + number, 30))
@@ -436,10 +436,10 @@ def test_a_folder_of_images_by_class(imagenet, augment):
 
 
 def test_tiny_imagenet(refused, tmp_path):
-    for name, colour in (("n01", (255, 0, 0)), ("n02", (0, 0, 255))):
-        save_image(tmp_path / "train" / name / "images" / f"{name}_0.JPEG", colour, (64, 64))
-    for number, colour in enumerate([(0, 0, 255), (255, 0, 0), (0, 0, 255)]):
-        save_image(tmp_path / "val" / "images" / f"val_{number}.JPEG", colour, (64, 64))
+    for name, color in (("n01", (255, 0, 0)), ("n02", (0, 0, 255))):
+        save_image(tmp_path / "train" / name / "images" / f"{name}_0.JPEG", color, (64, 64))
+    for number, color in enumerate([(0, 0, 255), (255, 0, 0), (0, 0, 255)]):
+        save_image(tmp_path / "val" / "images" / f"val_{number}.JPEG", color, (64, 64))
     annotations = tmp_path / "val" / "val_annotations.txt"
     annotations.write_text("".join(f"val_{n}.JPEG\tn0{c}\t0\t0\t62\t62\n" for n, c in enumerate([2, 1, 2])))
     train, validation, classes = images("folder", tmp_path, image_size=64)

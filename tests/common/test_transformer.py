@@ -144,12 +144,12 @@ def test_initial_standard_deviations():
 
 
 @CONFIGS
-def test_meta_device_then_initialise_is_the_same(config):
+def test_meta_device_then_initialize_is_the_same(config):
     with torch.device("meta"):
         model = Transformer(config, seed=7)
-    model.initialise(7)  # nothing to fill yet
+    model.initialize(7)  # nothing to fill yet
     assert all(parameter.is_meta for parameter in model.parameters())
-    model.to_empty(device="cpu").initialise(7)
+    model.to_empty(device="cpu").initialize(7)
     expected = Transformer(config, seed=7).state_dict()
     assert model.state_dict().keys() == expected.keys()
     assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())

@@ -74,7 +74,7 @@ def test_runs_and_results(group, tmp_path):
 
 
 def test_each_row_differs_in_one_thing(script, tmp_path):
-    """From the row that it is compared with: DeepSpeed, the stage, what is off-loaded, or whether memory is pinned."""
+    """From the row that it is compared with: DeepSpeed, the stage, what is offloaded, or whether memory is pinned."""
     made = {row["name"]: row for row in script.standard_rows(list(script.ROWS), tmp_path)}
     assert [row["config"] for row in made.values()].count(None) == 1
     zero = {name: json.loads(Path(row["config"]).read_text())["zero_optimization"] if row["config"] else None

@@ -1,4 +1,4 @@
-"""What only GPUs can show: every stage under NCCL, off-load that copies, fused AdamW, and fp16."""
+"""What only GPUs can show: every stage under NCCL, offload that copies, fused AdamW, and fp16."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What lies where is as the papers say, byte by byte where nothing is padded; off-load does not change the training."""
+"""What lies where is as the papers say, byte by byte where nothing is padded; offload does not change the training."""
 
 import fcntl
 import json
@@ -56,7 +56,7 @@ def test_bytes_by_place(group, tmp_path, ranks):
 
     assert optimizer_in_host["device", "parameters"] == [2 * count] * 3
     assert optimizer_in_host["host", "optimizer"] == optimizer
-    # DeepSpeed keeps off-loaded gradients in fp32, where the paper counts 2 bytes, and keeps them after the step.
+    # DeepSpeed keeps offloaded gradients in fp32, where the paper counts 2 bytes, and keeps them after the step.
     assert optimizer_in_host["host", "gradients"] == [4 * count // n] * 3
     assert {role for place, role in optimizer_in_host if place == "device"} == {"parameters", "buffers"}
 
@@ -158,7 +158,7 @@ def test_nvme(launch, tmp_path):
     wide = ["--model.width", "1024", "--model.ffn_width", "1024", "--model.layers", "1", "--model.kv_heads", "8"]
     done = launch(SCRIPT, *wide, "--steps", "1", "--nvme_path", tmp_path / "swap", timeout=300)
     if missing := re.search(r"zero3_nvme is left out: (.*)", done.stdout):
-        pytest.skip(f"NVMe off-load: {missing[1]}")
+        pytest.skip(f"NVMe offload: {missing[1]}")
     printed, swapped = done.stdout, list(tables(done.stdout).values())[-1]
     count = parameter_count(printed)
     # DeepSpeed leaves what is smaller than 1 MiB in memory: embedding, head and norms, a 20th of this model.
@@ -183,7 +183,7 @@ def test_train_with_everything_on_disk(launch, tmp_path):
         more = ["--run_name", name, "--deepspeed_config", f"deepspeed/configs/{name}.json"]
         done = launch("deepspeed/train.py", *options, *more, timeout=250, check=False)
         if missing := re.search(r"error: \S+: (.*async_io.*)", done.stderr):
-            pytest.skip(f"NVMe off-load: {missing[1]}")
+            pytest.skip(f"NVMe offload: {missing[1]}")
         assert done.returncode == 0, done.stderr[-4000:]
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         losses.append([row["loss"] for row in rows if "loss" in row])
