@@ -97,3 +97,13 @@ def variables_at_start(profile):
         finally:
             dist.init_process_group = start
     return seen
+
+
+@starts_its_own_group
+def timeout_of_a_group(timeout_s: float) -> float:
+    """Seconds that a group waits which is made without a timeout, as a mesh makes its own."""
+    ranks = join("cpu", timeout_s)
+    group = dist.new_group(list(range(ranks.world_size)))
+    seconds = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    ranks.leave()
+    return seconds

@@ -255,6 +255,10 @@ def test_joining_applies_the_network_profile_first(group):
     assert group(1)(ON_RANKS.variables_at_start, "ethernet") == [{"NCCL_IB_DISABLE": "1", "NCCL_DEBUG": "WARN"}]
 
 
+def test_groups_of_a_mesh_wait_as_long_as_the_settings_say(group):
+    assert group(2)(ON_RANKS.timeout_of_a_group, 17.0) == [17.0] * 2
+
+
 def rank_0_of_2(port):
     return {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}  # fmt: skip
