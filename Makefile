@@ -19,7 +19,7 @@ LESSON  := $(shell cat requirements-lesson.txt | cksum)
 CORE    := $(shell cat requirements-lesson.txt requirements.txt | cksum)
 PROJECT := $(shell { pwd; cat pyproject.toml; } | cksum)
 
-.PHONY: help venv venv-lesson train test test-all test-slurm-all mutants lint docs exercise grade scaling doctor cluster-up cluster-down clean
+.PHONY: help venv venv-lesson train test test-all test-slurm-all mutants lint docs exercise grade scaling doctor gpu-check cluster-up cluster-down clean
 
 help: ## this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -91,6 +91,9 @@ scaling: venv-lesson ## measure how SCRIPT scales, as a table and a plot
 
 doctor: ## check this machine: packages, GPUs, network, disks, Slurm; and what to do about each problem
 	@python="$(BIN)/python"; [ -x "$$python" ] || python="$(PYTHON)"; "$$python" prerequisites/doctor.py $(ARGS)
+
+gpu-check: venv ## run every GPU path on a machine with NVIDIA GPUs, in about six minutes, and print a verdict
+	@"$(BIN)/python" tools/gpu_check.py $(ARGS)
 
 cluster-up: ## start a Slurm cluster on this machine: make cluster-up NODES=2 GPUS=2
 	@"$(PYTHON)" slurm/cluster.py up --nodes "$(NODES)" --gpus-per-node "$(GPUS)"
