@@ -163,7 +163,11 @@ def main() -> None:
     device = single_process(options.device).device
     torch.set_num_threads(cores())
     before = processor_seconds()
-    result = {"contestants": measure(options, device), "command": without_paths(["python", *sys.argv])}
+    result = {
+        "benchmark": "head_loss",
+        "contestants": measure(options, device),
+        "command": without_paths(["python", *sys.argv]),
+    }
     name = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
     result |= {"hardware": hardware(name), "versions": environment_record("torch")["versions"]}
     result |= {"git_commit": git_commit(), "date": date(), "other_load": other_load_note(*since(before))}

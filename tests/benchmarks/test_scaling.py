@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import frameworks  # noqa: E402  (needs the path above)
+import head_loss  # noqa: E402
 import kill_and_resume  # noqa: E402
 import lesson_runs  # noqa: E402
 import loop_overhead  # noqa: E402
@@ -217,7 +218,7 @@ def test_the_readme_shows_the_kept_results() -> None:
     assert len(kept) >= 3
     for file in kept:
         result = json.loads(file.read_text())
-        named = (scaling, loop_overhead, saving, kill_and_resume, frameworks)
+        named = (scaling, head_loss, loop_overhead, saving, kill_and_resume, frameworks)
         modules = {module.__name__: module for module in named}
         table = modules[result["benchmark"]].table(result)
         rows = [line for line in table.splitlines() if line.startswith("|")]

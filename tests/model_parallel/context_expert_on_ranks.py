@@ -161,10 +161,10 @@ def train_lopsided(script: str, arguments: list[str]) -> set[int]:
         with imported("expert_layers") as layers:
             compute = layers.ExpertParallel._compute
 
-            def counted(self, arrived, coming):
+            def counted(self, arrived, *counts):
                 if torch.is_grad_enabled():
                     arrivals.add(arrived.shape[0])
-                return compute(self, arrived, coming)
+                return compute(self, arrived, *counts)
 
             layers.ExpertParallel._compute = counted
             train(script, arguments)
