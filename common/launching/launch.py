@@ -36,7 +36,8 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """
     message = " ".join(message.split())
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("OMPI_COMM_WORLD_RANK")
-    print(f"[rank {rank}] error: {message}" if rank else f"error: {message}", file=sys.stderr, flush=True)
+    line = f"[rank {rank}] error: {message}\n" if rank else f"error: {message}\n"
+    print(line, end="", file=sys.stderr, flush=True)  # in one write: the lines of two ranks must not mix
     if code == 2 and (mistake_file := os.environ.get("MISTAKE_FILE")):  # of a Slurm job, which is not restarted then
         with contextlib.suppress(OSError):
             open(mistake_file, "w").close()
