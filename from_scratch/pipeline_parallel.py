@@ -108,7 +108,7 @@ def connect(lines: list[list[int]]) -> dict[tuple[int, int], ProcessGroup]:
 
     NCCL keeps one queue for each group and rank: an operation begins when the one before it has ended, and a send of
     more than a few MiB ends only when its receiver is there. In one group for a whole direction, the ranks of an
-    interleaved schedule, whose last rank sends to the first, wait for each other around the circle for ever.
+    interleaved schedule, whose last rank sends to the first, wait for each other around the circle forever.
 
     Args:
         lines: global ranks of each pipeline, in the order of its stages. All ranks must call it with the same lines.

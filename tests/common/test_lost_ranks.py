@@ -31,7 +31,7 @@ def test_ranks_that_wait_for_each_other_in_two_places(group):
 
 @pytest.mark.parametrize(("error", "lost"), [
     (RuntimeError("Application timeout caused pair closure"), True),
-    (RuntimeError("[/work/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:5"), True),
+    (RuntimeError("[/src/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:5"), True),
     (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
     (RuntimeError("DataLoader timed out after 5 seconds"), False), (ValueError("Timed out waiting"), False),
 ])  # fmt: skip
