@@ -99,7 +99,7 @@ class OverlappedDataParallel(NaiveDataParallel):
         super().__init__(module, group)
         self.ready: set[nn.Parameter] = set()
         self.works: list[dist.Work] = []  # one for each message under way; its length says which message is next
-        me = weakref.ref(self)  # a parameter's hooks are where no garbage collector looks: self would stay for ever
+        me = weakref.ref(self)  # a parameter's hooks are where no garbage collector looks: self would stay forever
         for parameter in self.trainable:  # called when .grad is complete: a tied parameter's once, after its last use
             parameter.register_post_accumulate_grad_hook(lambda ready: me()._on_gradient(ready))
 

@@ -170,7 +170,7 @@ class Zero2Optimizer(Zero1Optimizer):
         self.order = list(reversed(list(zip(self.whole, self.shards, strict=True))))
         self.sent = 0
         self.under_way: tuple[dist.Work, Tensor, nn.Parameter] | None = None
-        me = weakref.ref(self)  # a parameter's hooks are where no garbage collector looks: self would stay for ever
+        me = weakref.ref(self)  # a parameter's hooks are where no garbage collector looks: self would stay forever
         for parameter in self.whole:
             parameter.register_post_accumulate_grad_hook(lambda ready: me()._on_gradient(ready))
 
